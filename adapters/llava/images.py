@@ -1,0 +1,75 @@
+"""Image preprocessing of LLaVA-1.5: pad to a square, never crop, resize with PIL.
+
+Independent of what the base's own processor configuration says about padding: the published
+configurations describe a centre crop, which the model was not trained with and which moves pixel
+values by up to 3.8 (fact sheet, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kuea_mllm.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class PaddedImages:
+    """Turns PIL images into the pixel values that LLaVA-1.5 was trained with.
+
+    Args:
+        image_size: Height and width the tower takes.
+        mean: Channel means.
+        std: Channel deviations.
+    """
+
+    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        # The torchvision twin resizes differently by one or two levels, so the PIL class it is.
+        from PIL.Image import Resampling
+        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+        self._processor = LlavaImageProcessorPil(
+            do_pad=True,
+            size={"shortest_edge": image_size},
+            crop_size={"height": image_size, "width": image_size},
+            image_mean=list(mean),
+            image_std=list(std),
+            resample=Resampling.BICUBIC,
+        )
+
+    def __call__(self, images: Sequence[Image]) -> Tensor:
+        """Preprocess images.
+
+        Args:
+            images: PIL images of any mode and size, at least one.
+
+        Returns:
+            Pixel values, (images, 3, image_size, image_size), float32.
+
+        Raises:
+            DataError: If an image cannot be decoded.
+        """
+        rgb = [as_plain_rgb(image) for image in images]
+        values: Tensor = self._processor(rgb, return_tensors="pt")["pixel_values"]
+        return values
+
+
+def as_plain_rgb(image: Image) -> Image:
+    """Return an image as RGB, transparency ignored as in LLaVA's training.
+
+    Raises:
+        DataError: If the image cannot be decoded.
+    """
+    try:
+        rgb = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        name = getattr(image, "filename", "") or f"of mode {image.mode}, size {image.size}"
+        raise DataError(f"image {name} cannot be decoded: {error}.") from error
+    if "transparency" in rgb.info:
+        # A converted palette image keeps this note, and transformers would whiten that colour.
+        rgb = rgb.copy()
+        del rgb.info["transparency"]
+    return rgb

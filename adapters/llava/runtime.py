@@ -1,0 +1,333 @@
+"""Answers questions with a LLaVA-1.5 directory: batched, left padded, greedy unless asked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kuea_mllm.adapters.base import ChatRequest
+from kuea_mllm.adapters.checkpoint import channel_values, image_settings
+from kuea_mllm.adapters.llava.adapter import resolve_config
+from kuea_mllm.adapters.llava.images import PaddedImages
+from kuea_mllm.adapters.llava.prompt import build_prompt, check_tokenizer, tokenize_prompt
+from kuea_mllm.errors import EnvironmentFailure, UserError
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_ATTENTION = "sdpa"
+
+LOGGER = logging.getLogger("kuea_mllm")
+
+
+class LlavaRuntime:
+    """A loaded LLaVA-1.5.
+
+    Args:
+        model: `LlavaForConditionalGeneration` in evaluation mode, on its device.
+        tokenizer: Its tokenizer.
+        images: Its image preprocessing.
+        where: The directory it came from, for messages.
+
+    Raises:
+        UserError: If the tokenizer follows another conversation format or has no padding token.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, images: PaddedImages, where: str) -> None:
+        check_tokenizer(tokenizer, where)
+        self.model = model
+        self.tokenizer = tokenizer
+        self._images = images
+        self._tokens_per_image = tokens_per_image(model.config)
+        self._pad_token_id = _padding_token(tokenizer, model.config, where)
+        self._suppressed = self._tokens_never_to_generate()
+        self._forget_stored_sampling()
+
+    @classmethod
+    def load(cls, model_dir: Path, *, dtype: str, device: str) -> LlavaRuntime:
+        """Load a directory exactly as asked, with no other dtype or device as a fallback.
+
+        Raises:
+            UserError: If the directory, the dtype or the device is not usable.
+        """
+        from transformers import AutoTokenizer
+
+        torch_dtype, torch_device = _resolve_dtype(dtype), resolve_device(device)
+        config = resolve_config(model_dir)
+        settings = image_settings(model_dir)
+        mean = channel_values(settings, "image_mean", model_dir)
+        std = channel_values(settings, "image_std", model_dir)
+        if mean is None or std is None:
+            raise UserError(
+                f"the processor configuration of {model_dir} has no image_mean and image_std.",
+                "Restore preprocessor_config.json from the base model.",
+            )
+        with _failures_named(model_dir, torch_device):
+            # The quick part first: an unreadable tokenizer is then found in a second.
+            tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+            model = _load_model(model_dir, torch_dtype, torch_device)
+        images = PaddedImages(config.vision_config.image_size, mean, std)
+        return cls(model, tokenizer, images, str(model_dir))
+
+    def generate(
+        self,
+        requests: Sequence[ChatRequest],
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+    ) -> list[str]:
+        """Answer a batch of questions; see `MLLMRuntime.generate`."""
+        ids = self.generate_ids(
+            requests,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+
+    def generate_ids(
+        self,
+        requests: Sequence[ChatRequest],
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+    ) -> list[list[int]]:
+        """Answer a batch of questions with token ids, the end token and padding left out.
+
+        Raises:
+            UserError: If an option is out of range.
+            EnvironmentFailure: If the device runs out of memory.
+        """
+        _check_options(max_new_tokens, num_beams, temperature, top_p)
+        if not requests:
+            return []
+        inputs = self.prepare(requests)
+        self._warn_of_length(inputs["input_ids"].shape[1] + max_new_tokens)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            # top_k would otherwise default to 50, which the original never used.
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+            if top_p is not None:
+                sampling["top_p"] = top_p
+        try:
+            with torch.inference_mode():
+                output: Tensor = self.model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    num_beams=num_beams,
+                    suppress_tokens=self._suppressed or None,
+                    pad_token_id=self._pad_token_id,
+                    bos_token_id=self.tokenizer.bos_token_id,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    **sampling,
+                )
+        except torch.OutOfMemoryError as error:
+            raise EnvironmentFailure(
+                f"out of memory on {self.model.device} while answering {len(requests)} questions "
+                "at once.",
+                "Choose a smaller --batch-size, a smaller dtype or a larger device.",
+            ) from error
+        new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [_until(row, self.tokenizer.eos_token_id) for row in new_ids]
+
+    def prepare(self, requests: Sequence[ChatRequest]) -> dict[str, Tensor]:
+        """Turn requests into the inputs of the model.
+
+        Returns:
+            `input_ids` and `attention_mask`, (batch, longest prompt), padded on the left;
+            `pixel_values`, (images, 3, size, size), in the model's dtype, absent without images.
+        """
+        rows = [
+            tokenize_prompt(
+                build_prompt(request.prompt, image_count=len(request.images)),
+                self.tokenizer,
+                image_token_id=self.model.config.image_token_id,
+                tokens_per_image=self._tokens_per_image,
+            )
+            for request in requests
+        ]
+        width = max(len(row) for row in rows)
+        input_ids = torch.full((len(rows), width), self._pad_token_id)
+        # Not derived from the ids: the padding token may be a token that occurs in a prompt.
+        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for number, row in enumerate(rows):
+            input_ids[number, width - len(row) :] = torch.tensor(row)
+            attention_mask[number, width - len(row) :] = 1
+        device = self.model.device
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        pictures = [image for request in requests for image in request.images]
+        if pictures:
+            inputs["pixel_values"] = self._images(pictures).to(device, self.model.dtype)
+        return inputs
+
+    def describe(self) -> dict[str, Any]:
+        """Say how the model runs."""
+        return {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "attention": self.model.config._attn_implementation,
+            "conversation": "v1",
+            "images": "padded to a square, resized with PIL",
+            "tokens_per_image": self._tokens_per_image,
+            "suppressed_tokens": len(self._suppressed),
+        }
+
+    def vision_state(self) -> Mapping[str, Tensor]:
+        """Return the tensors of the tower in use."""
+        state: Mapping[str, Tensor] = self.model.model.vision_tower.state_dict()
+        return state
+
+    def _tokens_never_to_generate(self) -> list[int]:
+        # The embedding is padded beyond the tokenizer; those rows can win an argmax (trap 7), and
+        # neither placeholder is something to say.
+        vocabulary = self.model.config.text_config.vocab_size
+        known = set(self.tokenizer.get_vocab().values())
+        never = {token for token in range(vocabulary) if token not in known}
+        if self.model.config.image_token_id < vocabulary:
+            never.add(self.model.config.image_token_id)
+        in_use = {self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
+        if self._pad_token_id not in in_use | {self.tokenizer.unk_token_id}:
+            never.add(self._pad_token_id)
+        return sorted(never)
+
+    def _warn_of_length(self, length: int) -> None:
+        longest = self.model.config.text_config.max_position_embeddings
+        if length > longest:
+            LOGGER.warning(
+                "a prompt and its answer may take %d tokens, the model was made for %d; "
+                "answers beyond that are unreliable",
+                length,
+                longest,
+            )
+
+    def _forget_stored_sampling(self) -> None:
+        # A stored temperature or length would otherwise fill in what a call leaves open.
+        from transformers import GenerationConfig
+
+        empty: Any = GenerationConfig
+        self.model.generation_config = empty()
+
+
+def tokens_per_image(config: Any) -> int:
+    """Return how many tokens one image takes, from a `LlavaConfig`."""
+    vision = config.vision_config
+    tokens = (int(vision.image_size) // int(vision.patch_size)) ** 2
+    has_cls = vision.model_type == "clip_vision_model"
+    drops_first = config.vision_feature_select_strategy == "default"
+    return tokens + int(has_cls) - int(drops_first)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return a device that exists.
+
+    Raises:
+        UserError: If the name is unknown or the device is not there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is unknown.", "Use cpu, cuda or cuda:<index>.") from error
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise UserError(
+            f"device {name!r} was asked for, but torch finds none here.",
+            "Choose another device (cpu), or check the driver with `kuea-mllm doctor`.",
+        )
+    return device
+
+
+def _resolve_dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise UserError(f"dtype {name!r} is unknown.", f"Use one of: {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+@contextmanager
+def _failures_named(model_dir: Path, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentFailure(
+            f"out of memory on {device} while loading {model_dir}.",
+            "Choose a smaller dtype or a larger device.",
+        ) from error
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"{model_dir} cannot be loaded: {lines[0] if lines else type(error).__name__}",
+            "Restore the directory from its source; --debug shows the whole message.",
+        ) from error
+
+
+def _load_model(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import LlavaForConditionalGeneration
+
+    # accelerate then loads straight to the card, without a copy of all weights on the host.
+    placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    loader: Any = LlavaForConditionalGeneration
+    model, report = loader.from_pretrained(
+        model_dir,
+        dtype=dtype,
+        attn_implementation=_ATTENTION,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **placement,
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in report.get(problem, ())):
+            raise UserError(
+                f"{model_dir} does not match its config.json: {problem.replace('_', ' ')}, "
+                f"{len(names)} in all, first {names[0]}.",
+                "Restore the directory; the missing tensors would be random numbers.",
+            )
+    return model.eval()
+
+
+def _padding_token(tokenizer: Any, config: Any, where: str) -> int:
+    candidates = (
+        tokenizer.pad_token_id,
+        getattr(config, "pad_token_id", None),
+        getattr(config.text_config, "pad_token_id", None),
+    )
+    for candidate in candidates:
+        if candidate is not None and candidate >= 0 and candidate != config.image_token_id:
+            return int(candidate)
+    raise UserError(
+        f"neither the tokenizer nor the configuration in {where} names a padding token.",
+        'Set "pad_token" in tokenizer_config.json; LLaVA-1.5 uses "<unk>" or "<pad>".',
+    )
+
+
+def _check_options(
+    max_new_tokens: int, num_beams: int, temperature: float, top_p: float | None
+) -> None:
+    if max_new_tokens < 1 or num_beams < 1:
+        raise UserError(
+            f"max_new_tokens ({max_new_tokens}) and num_beams ({num_beams}) must be at least 1."
+        )
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}; 0 decodes greedily, above 0 samples.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1.")
+
+
+def _until(row: list[int], end: int) -> list[int]:
+    return row[: row.index(end)] if end in row else row

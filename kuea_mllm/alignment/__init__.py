@@ -1,0 +1,1 @@
+"""The shared alignment trainer: a transformers.Trainer that matches kernel matrices."""

@@ -1,0 +1,62 @@
+"""`kuea-mllm convert`: read a tower in any known format, write it in another."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kuea_mllm.cli.common import verb
+
+
+class Format(StrEnum):
+    """Formats that a tower can be written in."""
+
+    HF = "hf"
+    VISUAL = "visual"
+
+
+@verb
+def convert(
+    source: Annotated[str, typer.Argument(help="HF directory, hub id or checkpoint file.")],
+    destination: Annotated[Path, typer.Argument(help="Directory (hf) or file (visual) to create.")],
+    to: Annotated[
+        Format,
+        typer.Option(
+            help="hf: directory for from_pretrained; visual: open_clip visual state dict, as the "
+            "KUEA authors release."
+        ),
+    ] = Format.HF,
+    activation: Annotated[
+        str | None, typer.Option(help="quick_gelu or gelu, for files that do not state it.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, for checkpoint files.")] = None,
+) -> None:
+    """Convert a vision tower exactly: no tensor is rounded, none is guessed."""
+    from kuea_mllm.io import atomic_directory, require_free_output
+    from kuea_mllm.manifest import current_command, library_versions, utc_now
+    from kuea_mllm.towers.load import load_tower
+    from kuea_mllm.towers.save import save_tower, save_visual
+
+    require_free_output(destination)
+    tower = load_tower(source, activation=activation, heads=heads)
+    if to is Format.VISUAL:
+        save_visual(tower, destination)
+    else:
+        manifest = {
+            "kind": "tower",
+            "base_tower": {
+                "reference": source,
+                "layout": tower.layout,
+                "fingerprint": tower.fingerprint,
+            },
+            "versions": library_versions(),
+            "command": current_command(),
+            "created": utc_now(),
+        }
+        with atomic_directory(destination) as partial:
+            save_tower(tower, partial, manifest=manifest)
+    typer.echo(f"{source} ({tower.layout}) -> {destination} ({to.value})")
+    typer.echo(f"tower {tower.fingerprint}")

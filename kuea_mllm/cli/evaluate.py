@@ -1,0 +1,89 @@
+"""`kuea-mllm eval`: score an MLLM with lmms-eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kuea_mllm.cli.common import DryRun, Json, Out, SetOption, print_json, verb
+
+
+@verb
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Directory of the MLLM.")],
+    out: Out,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: lmms-eval task names, YAML files, folders of them."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Shipped recipe or YAML file.")
+    ] = None,
+    mllm: Annotated[
+        str | None, typer.Option(help="Adapter; recognised from MODEL if left out.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions answered at once.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First N documents of each task.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    overrides: SetOption = None,
+    dry_run: DryRun = False,
+    json_output: Json = False,
+) -> None:
+    """Answer the questions of benchmarks and let lmms-eval score them.
+
+    Writes OUT/summary.json, OUT/samples/*.jsonl and lmms-eval's own files in OUT/lmms.
+    """
+    from kuea_mllm.config.evaluate import EvalRecipe
+    from kuea_mllm.config.recipes import apply_overrides, load_recipe, recipe_to_yaml
+    from kuea_mllm.errors import RecipeError
+
+    shorthands = {"batch_size": batch_size, "limit": limit, "dtype": dtype, "device": device}
+    settings = [f"{key}={value}" for key, value in shorthands.items() if value is not None]
+    if tasks is not None:
+        settings.append(f"tasks=[{', '.join(repr(name) for name in tasks.split(',') if name)}]")
+    settings += overrides or []
+    if recipe is not None:
+        loaded = load_recipe(recipe, EvalRecipe, overrides=settings)
+    elif tasks is not None:
+        content = apply_overrides({"kind": "eval"}, settings)
+        loaded = EvalRecipe.parse(content, origin="of the command line")
+    else:
+        raise RecipeError("nothing to evaluate on.", "Pass --tasks or --recipe.")
+    if dry_run:
+        if json_output:
+            print_json(loaded.model_dump(mode="json"))
+        else:
+            typer.echo(recipe_to_yaml(loaded), nl=False)
+        return
+
+    from kuea_mllm.devices import choose_device
+    from kuea_mllm.evaluation.runner import evaluate as run_evaluation
+    from kuea_mllm.io import require_free_output
+    from kuea_mllm.manifest import current_command
+
+    require_free_output(out)
+    summary = run_evaluation(
+        model,
+        loaded.tasks,
+        out,
+        adapter=mllm,
+        batch_size=loaded.batch_size,
+        limit=loaded.limit,
+        dtype=loaded.dtype,
+        device=choose_device(loaded.device),
+        seed=loaded.seed,
+        max_failures=loaded.max_failures,
+        command=current_command(),
+        show_progress=not json_output,
+        recipe=recipe_to_yaml(loaded),
+    )
+    if json_output:
+        print_json(summary)
+        return
+    from kuea_mllm.reporting.tables import print_summary
+
+    print_summary(summary)
+    typer.echo(f"results: {out}")

@@ -1,0 +1,70 @@
+"""`kuea-mllm`: assembles the verbs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from kuea_mllm import __version__
+from kuea_mllm.cli import align, compare, convert, doctor, evaluate, quickstart, recipes, swap, world
+
+app = typer.Typer(
+    name="kuea-mllm",
+    help="Align a CLIP vision tower with KUEA, swap it into a multimodal LLM, and measure what "
+    "that changed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("quickstart", rich_help_panel="Start here")(quickstart.quickstart)
+app.command("doctor", rich_help_panel="Start here")(doctor.doctor)
+app.command("align", rich_help_panel="Work")(align.align)
+app.command("swap", rich_help_panel="Work")(swap.swap)
+app.command("eval", rich_help_panel="Work")(evaluate.evaluate)
+app.command("compare", rich_help_panel="Work")(compare.compare)
+app.command("convert", rich_help_panel="Helpers")(convert.convert)
+app.add_typer(recipes.app, name="recipes", rich_help_panel="Helpers")
+app.add_typer(world.app, name="world", rich_help_panel="Helpers")
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and debug lines.", is_eager=True)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and results.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Options that come before the verb."""
+    if version:
+        typer.echo(f"kuea-mllm {__version__}")
+        raise typer.Exit
+    # Environment variables, so that verbs and worker processes see the same switches.
+    if debug:
+        os.environ["KUEA_MLLM_DEBUG"] = "1"
+    if quiet:
+        os.environ["KUEA_MLLM_QUIET"] = "1"
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    # Same way out as Ctrl-C, so that half-written directories are removed.
+    raise KeyboardInterrupt
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app(prog_name="kuea-mllm")
+
+
+if __name__ == "__main__":
+    sys.exit(run())

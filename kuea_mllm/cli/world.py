@@ -1,0 +1,90 @@
+"""`kuea-mllm world`: the mini world behind the quickstart, rebuilt and studied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kuea_mllm.cli.common import Json, Out, print_json, verb
+
+app = typer.Typer(help="Build and study the mini world.", no_args_is_help=True)
+
+
+@app.command()
+@verb
+def build(
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Seed of CLIP and LLaVA.")] = 0,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Reuse this teacher instead of training one.")
+    ] = None,
+) -> None:
+    """Train the mini CLIP, teacher and LLaVA from nothing (about 15 minutes on one core)."""
+    from kuea_mllm.io import atomic_directory
+    from kuea_mllm.miniworld.build import build_world
+
+    with atomic_directory(out) as partial:
+        build_world(partial, seed=seed, teacher=teacher)
+    typer.echo(f"world: {out}")
+
+
+@app.command()
+@verb
+def images(
+    out: Out,
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 12_000,
+    split: Annotated[str, typer.Option(help="train, validation or test scans.")] = "train",
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+) -> None:
+    """Write a folder of pictures, as an image data set would lie on disk."""
+    from kuea_mllm.io import atomic_directory
+    from kuea_mllm.miniworld.images import write_images
+
+    with atomic_directory(out) as partial:
+        write_images(partial, split=split, count=count, seed=seed)
+    typer.echo(f"images: {out}")
+
+
+@app.command()
+@verb
+def tasks(
+    out: Out,
+    split: Annotated[str, typer.Option(help="train, validation or test scans.")] = "test",
+    questions: Annotated[int, typer.Option(min=1, help="Questions for each task.")] = 600,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+) -> None:
+    """Write the benchmarks as task files for lmms-eval; pass the folder to `eval --tasks`."""
+    from kuea_mllm.io import atomic_directory
+    from kuea_mllm.miniworld.tasks import write_tasks
+
+    with atomic_directory(out) as partial:
+        names = write_tasks(partial, split=split, questions_per_task=questions, seed=seed)
+    typer.echo(f"{', '.join(names)}: {out}")
+
+
+@app.command()
+@verb
+def study(
+    out: Out,
+    seeds: Annotated[int, typer.Option(min=1, help="Worlds to build and align.")] = 3,
+    worlds: Annotated[
+        Path | None, typer.Option(help="Folder of built worlds (seed0, seed1, ...) to reuse.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=20, help="Questions for each task.")] = 1500,
+    split: Annotated[str, typer.Option(help="Scans to measure on.")] = "test",
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds studied at once.")] = 1,
+    json_output: Json = False,
+) -> None:
+    """Measure what alignment does to encoder and LLaVA over several seeds, with spread."""
+    from kuea_mllm.workflows.study import print_study, run_study
+
+    result = run_study(
+        out, seeds=seeds, worlds=worlds, questions=questions, split=split, jobs=jobs
+    )
+    if json_output:
+        print_json(result)
+    else:
+        print_study(result)
+        typer.echo(f"study: {out}")

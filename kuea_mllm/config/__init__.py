@@ -1,0 +1,1 @@
+"""Typed recipes: strict schemas, loading, overriding and writing. Never imports torch."""

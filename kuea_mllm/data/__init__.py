@@ -1,0 +1,1 @@
+"""Images and what is computed from them before a tower sees them."""

@@ -1,0 +1,149 @@
+"""Training of the mini LLaVA: a projector and a decoder on frozen vision features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kuea_mllm.miniworld.models import CLIP_MEAN, CLIP_STD, make_llava
+from kuea_mllm.miniworld.packing import PackedBatch, QuestionPacker
+from kuea_mllm.miniworld.questions import sample_questions
+from kuea_mllm.miniworld.rendering import Images, render_scenes
+from kuea_mllm.miniworld.scenes import COLOURS, DIGITS, GRID, Scene, sample_scenes
+from kuea_mllm.miniworld.training import Schedule, normalise_pixels, optimise, seeded
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, LlamaTokenizer, LlavaForConditionalGeneration
+
+PICTURES = 16_000
+BATCH = 32
+QUESTIONS = 8
+SCHEDULE = Schedule(steps=1500, lr=2e-3, weight_decay=0.02)
+_CELLS = GRID * GRID
+# Half of the training: afterwards the answers alone decide what the projector keeps.
+_NAMING_WEIGHT = 1.0
+
+
+def train_llava(
+    clip: CLIPModel,
+    tokenizer: LlamaTokenizer,
+    *,
+    seed: int,
+    pictures: int = PICTURES,
+    schedule: Schedule = SCHEDULE,
+    progress: bool = True,
+) -> LlavaForConditionalGeneration:
+    """Train a LLaVA on `pictures` pictures with several questions each.
+
+    Only answers are learned. A second loss, for the projector alone, asks that every image token
+    lie near the embeddings of the words for its patch (the digit, the colour); it stands for the
+    caption pre-training of the real projector and saves most of its time.
+
+    Args:
+        clip: The CLIP whose vision tower is used; it stays as it is.
+        tokenizer: From `build_llava_tokenizer`.
+        seed: Decides the pictures, the questions, the initial weights and the batches.
+        pictures: Number of training pictures.
+        schedule: Steps and learning rate.
+        progress: Whether to show a bar.
+    """
+    scenes = sample_scenes(pictures, "train", seed=seed + 500)
+    rng = np.random.default_rng([seed, 3])
+    images = render_scenes(scenes, rng)
+    packer = QuestionPacker(tokenizer)
+    questions = [
+        [packer.encode(question) for question in sample_questions(scene, rng, QUESTIONS)]
+        for scene in scenes
+    ]
+    named = torch.from_numpy(_patch_words(scenes, tokenizer))
+    with seeded(seed) as generator:
+        llava = make_llava(clip, tokenizer)
+        llava.model.vision_tower.requires_grad_(False)
+        features = compute_features(llava, images)
+        llava.train()
+
+        def compute_loss(step: int) -> Tensor:
+            rows = torch.randint(pictures, (BATCH,), generator=generator)
+            batch = packer.pack([questions[row] for row in rows.tolist()])
+            tokens = llava.model.multi_modal_projector(features[rows])
+            answering = answer_loss(llava, tokens, batch)
+            return answering + _NAMING_WEIGHT * _naming_loss(llava, tokens, named[rows])
+
+        modules: list[nn.Module] = [
+            llava.model.multi_modal_projector,
+            llava.model.language_model,
+            llava.lm_head,
+        ]
+        optimise(modules, compute_loss, schedule, label="llava", progress=progress)
+    return llava.eval()
+
+
+def compute_features(
+    llava: LlavaForConditionalGeneration, images: Images, *, batch: int = 1000
+) -> Tensor:
+    """Compute what the projector reads, (n, patches, width): the model's own tap, once."""
+    parts = []
+    tower = llava.model.vision_tower.eval()
+    with torch.no_grad():
+        for start in range(0, len(images), batch):
+            pixels = normalise_pixels(images[start : start + batch], CLIP_MEAN, CLIP_STD)
+            states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+            parts.append(states[llava.config.vision_feature_layer][:, 1:])
+    return torch.cat(parts)
+
+
+def answer_loss(llava: LlavaForConditionalGeneration, tokens: Tensor, batch: PackedBatch) -> Tensor:
+    """Compute the mean cross entropy of the answer tokens.
+
+    Args:
+        llava: The model.
+        tokens: Projected image tokens, (pictures, patches, decoder width).
+        batch: The packed questions of the same pictures.
+    """
+    hidden = decode_packed(llava, tokens, batch)
+    logits = llava.lm_head(hidden[batch.is_answer])
+    return F.cross_entropy(logits, batch.targets[batch.is_answer])
+
+
+def decode_packed(
+    llava: LlavaForConditionalGeneration, tokens: Tensor, batch: PackedBatch
+) -> Tensor:
+    """Run the decoder over packed questions; returns its last states, (pictures, length, width)."""
+    embedded = llava.get_input_embeddings()(batch.input_ids)
+    start = batch.image_start
+    embedded = torch.cat([embedded[:, :start], tokens, embedded[:, start + tokens.shape[1] :]], 1)
+    output = llava.model.language_model(
+        inputs_embeds=embedded,
+        attention_mask=batch.mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _naming_loss(llava: LlavaForConditionalGeneration, tokens: Tensor, named: Tensor) -> Tensor:
+    """Ask image tokens on digits for the words of their digit and colour."""
+    on_digit = named[..., 0] >= 0
+    scores = tokens[on_digit] @ llava.get_input_embeddings().weight.T
+    words = named[on_digit]  # (tokens on digits, 2)
+    return F.cross_entropy(scores, words[:, 0]) + F.cross_entropy(scores, words[:, 1])
+
+
+def _patch_words(scenes: Sequence[Scene], tokenizer: LlamaTokenizer) -> np.ndarray:
+    """Token ids of (digit, colour) for every cell, -1 where a cell is empty."""
+    digits, colours = (
+        [tokenizer.encode(word, add_special_tokens=False)[0] for word in words]
+        for words in (DIGITS, COLOURS)
+    )
+    labels = np.full((len(scenes), _CELLS, 2), -1)
+    for index, scene in enumerate(scenes):
+        for item in scene.objects:
+            cell = item.row * GRID + item.column
+            labels[index, cell] = (digits[item.digit], colours[item.colour])
+    return labels

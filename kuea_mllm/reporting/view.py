@@ -1,0 +1,233 @@
+"""A comparison as every table, figure and sentence shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kuea_mllm.errors import EvaluationError
+from kuea_mllm.reporting.text import interval, one_line, percent, plain, plural, points
+
+VERDICTS = ("better", "worse", "cannot tell")
+NOT_TESTED = "not tested"
+
+
+@dataclass(frozen=True)
+class ColumnView:
+    """One column of a comparison; scores and differences as fractions (0.5 is 50 %).
+
+    Args:
+        task: Name of the task.
+        metric: Name of the metric.
+        n: Questions used.
+        clusters: Groups of questions that share a picture.
+        baseline: Score of the baseline; None if it has none.
+        candidate: Score of the candidate; None if it has none.
+        difference: Candidate minus baseline; None if either has no score.
+        low: Lower end of the interval of the difference; None if the column is not paired.
+        high: Upper end.
+        p_holm: p-value, adjusted for the number of columns.
+        verdict: `better`, `worse`, `cannot tell`, or `not tested` if the column is not paired.
+        detectable: Smallest difference that this many questions would show, if known.
+        improved: Questions that the candidate alone gets right.
+        worsened: Questions that the baseline alone gets right.
+        dropped: Questions left out because a model failed to answer.
+        higher_is_better: Direction of the metric.
+        is_share: Whether the scores are shares of a maximum; otherwise they are shown as they are.
+        reason: Why the column is not paired; empty if it is.
+        note: Further remark.
+    """
+
+    task: str
+    metric: str
+    n: int | None
+    clusters: int | None
+    baseline: float | None
+    candidate: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    p_holm: float | None
+    verdict: str
+    detectable: float | None = None
+    improved: int = 0
+    worsened: int = 0
+    dropped: int = 0
+    higher_is_better: bool = True
+    is_share: bool = True
+    reason: str = ""
+    note: str = ""
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether the difference has an interval."""
+        return self.low is not None and self.high is not None
+
+    @property
+    def baseline_text(self) -> str:
+        """Score of the baseline in percent."""
+        return percent(self.baseline) if self.is_share else plain(self.baseline)
+
+    @property
+    def candidate_text(self) -> str:
+        """Score of the candidate in percent."""
+        return percent(self.candidate) if self.is_share else plain(self.candidate)
+
+    @property
+    def difference_text(self) -> str:
+        """Difference in points with its interval: `+3.4 [1.2, 5.6]`."""
+        if not self.is_share:
+            return plain(self.difference, sign="+")
+        if not self.has_interval:
+            return points(self.difference)
+        return f"{points(self.difference)} {interval(self.low, self.high)}"
+
+
+@dataclass(frozen=True)
+class ComparisonView:
+    """A comparison of two results.
+
+    Args:
+        baseline: Name of the baseline.
+        candidate: Name of the candidate; differs from `baseline`.
+        columns: The columns in the order of the suite.
+        average: Mean over columns, if there is one; its `p_holm` is not adjusted.
+        level: Coverage of the intervals, such as 0.95.
+        alpha: Level below which an adjusted p-value counts.
+        remarks: Warnings, and what was left out.
+    """
+
+    baseline: str
+    candidate: str
+    columns: Sequence[ColumnView]
+    average: ColumnView | None
+    level: float
+    alpha: float
+    remarks: Sequence[str]
+
+    @property
+    def rows(self) -> list[ColumnView]:
+        """The columns, then the average if there is one."""
+        return [*self.columns, *([self.average] if self.average else [])]
+
+    @property
+    def level_text(self) -> str:
+        """Coverage of the intervals: `95 %`."""
+        return f"{self.level * 100:g} %"
+
+
+def parse_comparison(comparison: Mapping[str, Any]) -> ComparisonView:
+    """Read the JSON form of a comparison.
+
+    Raises:
+        EvaluationError: If a key is missing, or a verdict is unknown.
+    """
+    try:
+        settings = comparison["settings"]
+        columns = [_column(column) for column in comparison["columns"].values()]
+        average = comparison.get("average")
+        names = [_name(comparison[side]) for side in ("baseline", "candidate")]
+        if names[0] == names[1]:
+            names = [f"{names[0]} (baseline)", f"{names[1]} (candidate)"]
+        return ComparisonView(
+            baseline=names[0],
+            candidate=names[1],
+            columns=columns,
+            average=_average(average) if average else None,
+            level=float(settings["level"]),
+            alpha=float(settings["alpha"]),
+            remarks=_remarks(comparison),
+        )
+    except KeyError as error:
+        raise EvaluationError(
+            f"the comparison has no key {error}.",
+            "Make it again with `kuea-mllm compare`.",
+        ) from error
+
+
+def _column(raw: Mapping[str, Any]) -> ColumnView:
+    scale = float(raw.get("scale") or 1)
+    largest = max(abs(raw["baseline"] or 0.0), abs(raw["candidate"] or 0.0))
+    # Totals such as MME's are no share of anything; a percentage of them would be nonsense.
+    is_share = largest <= scale * 1.0001
+    divisor = scale if is_share else 1.0
+    return ColumnView(
+        task=one_line(raw["task"]),
+        metric=one_line(raw["metric"]),
+        n=raw.get("n"),
+        clusters=raw.get("clusters"),
+        baseline=_divide(raw["baseline"], divisor),
+        candidate=_divide(raw["candidate"], divisor),
+        difference=_divide(raw["difference"], divisor),
+        low=_divide(raw.get("low"), divisor),
+        high=_divide(raw.get("high"), divisor),
+        p_holm=raw.get("p_holm"),
+        verdict=_verdict(raw) if raw.get("paired", True) else NOT_TESTED,
+        detectable=_divide(raw.get("detectable"), divisor),
+        improved=(raw.get("improved") or {}).get("count", 0),
+        worsened=(raw.get("worsened") or {}).get("count", 0),
+        dropped=len(raw.get("dropped") or []),
+        higher_is_better=bool(raw.get("higher_is_better", True)),
+        is_share=is_share,
+        reason=one_line(raw.get("reason") or ""),
+        note=one_line(raw.get("note") or ""),
+    )
+
+
+def _average(raw: Mapping[str, Any]) -> ColumnView:
+    names = raw.get("columns") or []
+    return ColumnView(
+        task="average",
+        metric=f"mean of {len(names)}",
+        n=None,
+        clusters=None,
+        baseline=raw["baseline"],
+        candidate=raw["candidate"],
+        difference=raw["difference"],
+        low=raw.get("low"),
+        high=raw.get("high"),
+        p_holm=raw.get("p_value"),
+        verdict=_verdict(raw),
+        note=one_line(raw.get("note") or ""),
+    )
+
+
+def _verdict(raw: Mapping[str, Any]) -> str:
+    verdict = str(raw["verdict"])
+    if verdict not in VERDICTS:
+        raise EvaluationError(
+            f"the comparison holds the verdict {verdict!r}, expected one of {', '.join(VERDICTS)}."
+        )
+    return verdict
+
+
+def _divide(value: float | None, divisor: float) -> float | None:
+    return None if value is None else value / divisor
+
+
+def _name(side: Mapping[str, Any]) -> str:
+    model = side.get("model") or {}
+    return one_line(model.get("name") or model.get("path") or side["path"])
+
+
+def _remarks(comparison: Mapping[str, Any]) -> list[str]:
+    remarks = [one_line(text) for text in comparison.get("warnings") or []]
+    limit = comparison["settings"].get("limit")
+    if limit is not None:
+        remarks.append(f"Only the first {limit} questions of each task were asked.")
+    for side, tasks in (comparison.get("only_in") or {}).items():
+        if tasks:
+            remarks.append(f"Only the {side} has: {one_line(', '.join(tasks))}.")
+    for column in comparison["columns"].values():
+        if column.get("reason"):
+            remarks.append(
+                f"{one_line(column['task'])} is not paired: {one_line(column['reason'])}"
+            )
+        if dropped := column.get("dropped"):
+            left_out = plural(len(dropped), "question")
+            remarks.append(f"{one_line(column['task'])}: {left_out} left out, no answer was made.")
+    excluded = (comparison.get("average") or {}).get("excluded") or {}
+    for task, reason in excluded.items():
+        remarks.append(f"{one_line(task)} is not in the average: {one_line(reason)}")
+    return remarks

@@ -1,0 +1,1 @@
+"""Vision towers: every format at the door, one Hugging Face model inside."""

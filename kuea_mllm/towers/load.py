@@ -1,0 +1,241 @@
+"""Load a vision tower from any format in circulation."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+from kuea_mllm.errors import TowerError, TowerMismatch
+from kuea_mllm.io import read_json
+from kuea_mllm.towers import checkpoints, convert, keys
+from kuea_mllm.towers.layouts import CheckpointShape, measure, read_file
+from kuea_mllm.towers.spec import (
+    ACTIVATIONS,
+    Preprocessing,
+    TowerSpec,
+    default_preprocessing,
+    parse_preprocessor,
+)
+from kuea_mllm.towers.tower import Tower, build_model
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Tower", "load_tower"]
+
+# model_type in config.json -> configuration class of the vision half.
+_VISION_CONFIGS = {
+    "clip": CLIPVisionConfig,
+    "clip_vision_model": CLIPVisionConfig,
+    "siglip": SiglipVisionConfig,
+    "siglip_vision_model": SiglipVisionConfig,
+}
+_LAYER_NORM_EPS = {"clip": 1e-5, "siglip": 1e-6}
+_OPENAI_HEAD_WIDTH = 64
+
+
+def load_tower(
+    source: str | Path,
+    *,
+    activation: str | None = None,
+    heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Tower:
+    """Load a CLIP or SigLIP vision tower.
+
+    Args:
+        source: A Hugging Face directory or Hub id (vision model, or full model whose vision half is
+            taken), or a checkpoint file of a layout in `layouts.LAYOUTS`.
+        activation: "quick_gelu", "gelu" or "gelu_pytorch_tanh". Files do not state it, so bare CLIP
+            state dicts need it; a full OpenAI dict implies quick_gelu, a timm trunk gelu.
+        heads: Number of attention heads. Files do not state it either; CLIP's rule width / 64 is
+            the default where it divides.
+        dtype: Dtype of the model's weights.
+        revision: Branch, tag or commit of a Hub id.
+
+    Returns:
+        The tower, its model in eval mode.
+
+    Raises:
+        TowerError: If the source is missing, unreadable, incomplete, of another kind, or does not
+            say what is needed.
+        TowerMismatch: If the arguments contradict what the source states.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise TowerError(
+            f"unknown activation {activation!r}.", f"Known are: {', '.join(ACTIVATIONS)}."
+        )
+    path = checkpoints.resolve_source(source, revision=revision)
+    if path.is_dir():
+        return _load_directory(path, str(source), activation, heads, dtype)
+    state, layout = read_file(path)
+    where = f"checkpoint {path}"
+    shape = measure(state, layout, where)
+    spec = _make_spec(
+        shape,
+        activation=activation or _implied_activation(shape, where),
+        heads=heads or _implied_heads(shape, where),
+        layer_norm_eps=_LAYER_NORM_EPS[shape.family],
+        preprocessing=default_preprocessing(shape.family),
+    )
+    model = build_model(spec, state, where=where, dtype=dtype)
+    return Tower(model, spec, str(source), layout)
+
+
+def read_directory(directory: Path) -> tuple[convert.State, dict[str, Any]]:
+    """Read a Hugging Face directory of a CLIP or SigLIP model.
+
+    Returns:
+        The vision weights under canonical names, and the vision half's configuration as a plain
+        dictionary with every default filled in.
+
+    Raises:
+        TowerError: If the directory is incomplete or holds another kind of model.
+    """
+    content = checkpoints.read_config(directory)
+    model_type = str(content.get("model_type"))
+    if model_type not in _VISION_CONFIGS:
+        raise TowerError(
+            f"{directory} holds a model of type {model_type!r}, not a CLIP or SigLIP vision tower.",
+            f"Known model types are: {', '.join(_VISION_CONFIGS)}.",
+        )
+    vision = content.get("vision_config", content)
+    config = _VISION_CONFIGS[model_type](
+        **{k: v for k, v in vision.items() if k not in {"model_type", "transformers_version"}}
+    ).to_dict()
+    state = convert.hf_to_canonical(
+        checkpoints.read_directory_weights(directory, lambda n: not convert.is_other_half(n))
+    )
+    architectures = vision.get("architectures") or content.get("architectures") or []
+    claims_projection = model_type == "clip" or "CLIPVisionModelWithProjection" in architectures
+    if claims_projection and keys.PROJECTION not in state:
+        convert.refuse_keys(str(directory), missing=[keys.PROJECTION], unknown=())
+    return state, config
+
+
+def _load_directory(
+    directory: Path,
+    source: str,
+    activation: str | None,
+    heads: int | None,
+    dtype: torch.dtype,
+) -> Tower:
+    state, config = read_directory(directory)
+    shape = measure(state, "hf_directory", str(directory))
+    _require_stated(directory, "hidden_act", config["hidden_act"], activation, "--activation")
+    _require_stated(
+        directory, "num_attention_heads", config["num_attention_heads"], heads, "--heads"
+    )
+    for key, measured in (
+        ("image_size", shape.image_size),
+        ("patch_size", shape.patch_size),
+        ("hidden_size", shape.width),
+        ("num_hidden_layers", shape.layers),
+    ):
+        if config[key] != measured:
+            raise TowerMismatch(
+                f"{directory}: config.json says {key} {config[key]}, the weights say {measured}.",
+                "The configuration belongs to another tower.",
+            )
+    spec = _make_spec(
+        shape,
+        activation=config["hidden_act"],
+        heads=config["num_attention_heads"],
+        layer_norm_eps=config["layer_norm_eps"],
+        preprocessing=_read_preprocessing(directory, shape),
+    )
+    model = build_model(spec, state, where=str(directory), dtype=dtype)
+    manifest = directory / "kuea.json"
+    return Tower(
+        model, spec, source, "hf_directory", read_json(manifest) if manifest.exists() else None
+    )
+
+
+def _require_stated(directory: Path, key: str, stated: object, given: object, flag: str) -> None:
+    if given is not None and given != stated:
+        raise TowerMismatch(
+            f"{directory}: config.json says {key} {stated}, {flag} {given} was given.",
+            f"Leave {flag} out: the directory states it.",
+        )
+
+
+def _read_preprocessing(directory: Path, shape: CheckpointShape) -> Preprocessing:
+    found = checkpoints.read_image_processor_config(directory)
+    if found is None:
+        chosen = default_preprocessing(shape.family)
+        logger.info(
+            "%s has no preprocessor_config.json: mean %s, std %s and resize %s are those of the %s "
+            "family.",
+            directory,
+            chosen.mean,
+            chosen.std,
+            chosen.resize,
+            shape.family,
+        )
+        return chosen
+    where, content = found
+    parsed = parse_preprocessor(content, where)
+    for side in (parsed.image_size, parsed.resize_to):
+        if side != shape.image_size:
+            raise TowerMismatch(
+                f"{where} makes images of {parsed.image_size} pixels (resized to "
+                f"{parsed.resize_to} first), the tower takes {shape.image_size}.",
+                "Only an image processor that resizes and crops to the tower's own size is known.",
+            )
+    return parsed
+
+
+def _make_spec(
+    shape: CheckpointShape,
+    *,
+    activation: str,
+    heads: int,
+    layer_norm_eps: float,
+    preprocessing: Preprocessing,
+) -> TowerSpec:
+    return TowerSpec(
+        family=shape.family,
+        image_size=shape.image_size,
+        patch_size=shape.patch_size,
+        width=shape.width,
+        layers=shape.layers,
+        heads=heads,
+        mlp_width=shape.mlp_width,
+        embedding_width=shape.embedding_width,
+        activation=activation,
+        layer_norm_eps=layer_norm_eps,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        resize=preprocessing.resize,
+    )
+
+
+def _implied_activation(shape: CheckpointShape, where: str) -> str:
+    implied = {"openai": "quick_gelu", "trunk": "gelu", "open_clip_siglip": "gelu"}
+    if shape.layout in implied:
+        activation = implied[shape.layout]
+        logger.info("%s: activation %s, from its layout (%s).", where, activation, shape.layout)
+        return activation
+    raise TowerError(
+        f"{where} does not state its activation: QuickGELU or GELU. The wrong one would lower "
+        "scores without any warning.",
+        "Pass --activation quick_gelu (OpenAI's weights and all that were fine-tuned from them, "
+        "KUEA's included) or --activation gelu (most open_clip trainings; SigLIP of "
+        "transformers: gelu_pytorch_tanh).",
+    )
+
+
+def _implied_heads(shape: CheckpointShape, where: str) -> int:
+    if shape.family == "clip" and shape.width % _OPENAI_HEAD_WIDTH == 0:
+        heads = shape.width // _OPENAI_HEAD_WIDTH
+        logger.info("%s: %d attention heads, by OpenAI's rule width / 64.", where, heads)
+        return heads
+    raise TowerError(
+        f"{where} does not state its number of attention heads, and OpenAI's rule width / 64 does "
+        f"not apply (a {shape.family} tower of width {shape.width}).",
+        "Pass --heads.",
+    )

@@ -1,0 +1,1 @@
+"""Several engines in a row: the quickstart and the multi-seed study."""

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from reporting_samples import full_comparison, make_column, make_comparison, make_summary
+from rich.console import Console
+
+from kuea_mllm.reporting import tables
+
+
+def render(renderable: Any, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+NUMBERS = [
+    "41.2",
+    "44.6",
+    "+3.4 [1.2, 5.6]",
+    "0.004",
+    "-2.6 [-4.1, -1.1]",
+    "<0.001",
+    "9,000",
+    "1,481.2",
+    "+14.7",
+    "+0.3 [-0.6, 1.2]",
+]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_comparison_table_shows_every_number(width: int) -> None:
+    text = render(tables.comparison_table(full_comparison()), width)
+    for number in NUMBERS:
+        assert number in text
+    for name in (
+        "metric",
+        "baseline",
+        "candidate",
+        "difference",
+        "95 % interval",
+        "Holm",
+        "verdict",
+    ):
+        assert name in text
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+
+
+def test_comparison_table_keeps_long_numbers_at_80_columns() -> None:
+    column = make_column(
+        "a_task_with_a_really_long_name_that_must_be_folded",
+        "a_metric_with_a_long_name",
+        n=1234567,
+        baseline=1.0,
+        candidate=0.0,
+        difference=-1.0,
+        low=-1.0,
+        high=-0.999,
+    )
+    text = render(tables.comparison_table(make_comparison(column)))
+    for number in ("-100.0 [-100.0, -99.9]", "1,234,567", "100.0", "0.004", "better"):
+        assert number in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_comparison_text_begins_with_the_finding() -> None:
+    text = render(tables.comparison_text(full_comparison()))
+    assert text.startswith("1 column cannot be told apart, 1 is better")
+    assert "does not mean equal" in text
+
+
+def test_names_are_not_read_as_markup_or_escapes() -> None:
+    comparison = make_comparison(make_column("[bold]x[/bold]\x1b[31m"))
+    text = render(tables.comparison_text(comparison), 120)
+    assert "[bold]x[/bold]" in text
+    assert "\x1b" not in text
+
+
+def test_summary_table_shows_scores_in_percent() -> None:
+    text = render(tables.summary_table(make_summary()))
+    for part in ("llava-stock", "12,800", "41.2", "1.2", "2"):
+        assert part in text
+
+
+def test_key_values_panel_folds_long_values() -> None:
+    text = render(tables.key_values("Run", [("steps", 20000), ("fingerprint", "f" * 100)]))
+    assert "20,000" in text
+    assert text.count("f" * 10) and text.count("f") >= 100
+
+
+def test_comparison_markdown_is_a_table_of_equal_rows() -> None:
+    text = tables.comparison_markdown(full_comparison())
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 5
+    assert {row.count("|") for row in rows} == {9}
+    assert "| 41.2 | 44.6 |" in text
+
+
+def test_markdown_escapes_foreign_names() -> None:
+    comparison = make_comparison(make_column("a|b<script>\n# c"))
+    assert "a\\|b\\<script\\> \\# c" in tables.comparison_markdown(comparison)
+
+
+def test_summary_markdown_and_key_values() -> None:
+    assert "| 12,800 | 41.2 | 1.2 | 2 |" in tables.summary_markdown(make_summary())
+    assert tables.key_values_markdown([("a_b", True)]) == "- **a\\_b**: yes\n"
+
+
+def test_summary_of_a_column_without_score() -> None:
+    summary = make_summary()
+    summary["columns"]["miniworld_textvqa"] |= {"score": None, "stderr": None}
+    assert "| n/a | n/a | 2 |" in tables.summary_markdown(summary)
+
+
+def test_printing(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.print_comparison(full_comparison())
+    tables.print_summary(make_summary())
+    tables.print_key_values("machine", {"cores": 2})
+    printed = capsys.readouterr().out
+    assert "cannot be told apart" in printed
+    assert "Results of llava-stock" in printed
+    assert "cores  2" in printed
