@@ -63,7 +63,7 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
     try:
         with disk_errors_named(destination):
             yield partial
-            os.replace(partial, destination)
+            partial.replace(destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if created is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,9 @@ from kuea_mllm.adapters.base import ChatRequest
 from kuea_mllm.adapters.checkpoint import channel_values, image_settings
 from kuea_mllm.adapters.llava.adapter import resolve_config
 from kuea_mllm.adapters.llava.images import PaddedImages
+from kuea_mllm.adapters.llava.loading import load_model_and_tokenizer
 from kuea_mllm.adapters.llava.prompt import build_prompt, check_tokenizer, tokenize_prompt
 from kuea_mllm.errors import EnvironmentFailure, UserError
-
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-_ATTENTION = "sdpa"
 
 LOGGER = logging.getLogger("kuea_mllm")
 
@@ -58,9 +51,6 @@ class LlavaRuntime:
         Raises:
             UserError: If the directory, the dtype or the device is not usable.
         """
-        from transformers import AutoTokenizer
-
-        torch_dtype, torch_device = _resolve_dtype(dtype), resolve_device(device)
         config = resolve_config(model_dir)
         settings = image_settings(model_dir)
         mean = channel_values(settings, "image_mean", model_dir)
@@ -70,10 +60,7 @@ class LlavaRuntime:
                 f"the processor configuration of {model_dir} has no image_mean and image_std.",
                 "Restore preprocessor_config.json from the base model.",
             )
-        with _failures_named(model_dir, torch_device):
-            # The quick part first: an unreadable tokenizer is then found in a second.
-            tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-            model = _load_model(model_dir, torch_dtype, torch_device)
+        model, tokenizer = load_model_and_tokenizer(model_dir, dtype=dtype, device=device)
         images = PaddedImages(config.vision_config.image_size, mean, std)
         return cls(model, tokenizer, images, str(model_dir))
 
@@ -228,77 +215,6 @@ def tokens_per_image(config: Any) -> int:
     has_cls = vision.model_type == "clip_vision_model"
     drops_first = config.vision_feature_select_strategy == "default"
     return tokens + int(has_cls) - int(drops_first)
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return a device that exists.
-
-    Raises:
-        UserError: If the name is unknown or the device is not there.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device {name!r} is unknown.", "Use cpu, cuda or cuda:<index>.") from error
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(device.type, False):
-        raise UserError(
-            f"device {name!r} was asked for, but torch finds none here.",
-            "Choose another device (cpu), or check the driver with `kuea-mllm doctor`.",
-        )
-    return device
-
-
-def _resolve_dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise UserError(f"dtype {name!r} is unknown.", f"Use one of: {', '.join(_DTYPES)}.")
-    return _DTYPES[name]
-
-
-@contextmanager
-def _failures_named(model_dir: Path, device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentFailure(
-            f"out of memory on {device} while loading {model_dir}.",
-            "Choose a smaller dtype or a larger device.",
-        ) from error
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"{model_dir} cannot be loaded: {lines[0] if lines else type(error).__name__}",
-            "Restore the directory from its source; --debug shows the whole message.",
-        ) from error
-
-
-def _load_model(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    from transformers import LlavaForConditionalGeneration
-
-    # accelerate then loads straight to the card, without a copy of all weights on the host.
-    placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
-    loader: Any = LlavaForConditionalGeneration
-    model, report = loader.from_pretrained(
-        model_dir,
-        dtype=dtype,
-        attn_implementation=_ATTENTION,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        **placement,
-    )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in report.get(problem, ())):
-            raise UserError(
-                f"{model_dir} does not match its config.json: {problem.replace('_', ' ')}, "
-                f"{len(names)} in all, first {names[0]}.",
-                "Restore the directory; the missing tensors would be random numbers.",
-            )
-    return model.eval()
 
 
 def _padding_token(tokenizer: Any, config: Any, where: str) -> int:

@@ -98,7 +98,9 @@ def open_inputs(recipe: AlignRecipe) -> AlignmentInputs:
         image_size=recipe.teacher.image_size,
         revision=recipe.teacher.revision,
     )
-    recipe = _settle(recipe, device=device, image_count=len(images), student=student, teacher=teacher)
+    recipe = _settle(
+        recipe, device=device, image_count=len(images), student=student, teacher=teacher
+    )
     # A file that cannot be decoded at all should end the run now, not after the first epoch.
     images[0]
     heldout[len(heldout) - 1]

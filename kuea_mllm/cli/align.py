@@ -21,7 +21,9 @@ def align(
     student: Annotated[
         str | None, typer.Option(help="Tower: HF directory, hub id or checkpoint file.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Vision model: HF directory or hub id.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Vision model: HF directory or hub id.")
+    ] = None,
     images: Annotated[str | None, typer.Option(help="Folder of training images.")] = None,
     heldout: Annotated[
         str | None, typer.Option(help="Folder of images to measure the kernel gap on.")
@@ -33,7 +35,9 @@ def align(
     activation: Annotated[
         str | None, typer.Option(help="quick_gelu or gelu, for checkpoint files.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, for checkpoint files.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads, for checkpoint files.")
+    ] = None,
     overrides: SetOption = None,
     dry_run: DryRun = False,
     json_output: Json = False,
@@ -91,9 +95,7 @@ def _print_plan(recipe: AlignRecipe, json_output: bool) -> None:
 
     inputs = open_inputs(recipe)
     if json_output:
-        print_json(
-            {"recipe": inputs.recipe.model_dump(mode="json"), "images": len(inputs.images)}
-        )
+        print_json({"recipe": inputs.recipe.model_dump(mode="json"), "images": len(inputs.images)})
         return
     typer.echo(recipe_to_yaml(inputs.recipe), nl=False)
     typer.secho(f"# {len(inputs.images)} images; nothing was run (--dry-run).", dim=True)

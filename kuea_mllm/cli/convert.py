@@ -32,7 +32,9 @@ def convert(
     activation: Annotated[
         str | None, typer.Option(help="quick_gelu or gelu, for files that do not state it.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, for checkpoint files.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads, for checkpoint files.")
+    ] = None,
 ) -> None:
     """Convert a vision tower exactly: no tensor is rounded, none is guessed."""
     from kuea_mllm.io import atomic_directory, require_free_output

@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from kuea_mllm import __version__
-from kuea_mllm.cli import align, compare, convert, doctor, evaluate, quickstart, recipes, swap, world
+from kuea_mllm.cli import (
+    align,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    quickstart,
+    recipes,
+    swap,
+    world,
+)
 
 app = typer.Typer(
     name="kuea-mllm",
@@ -34,20 +44,28 @@ app.add_typer(recipes.app, name="recipes", rich_help_panel="Helpers")
 app.add_typer(world.app, name="world", rich_help_panel="Helpers")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kuea-mllm {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and debug lines.", is_eager=True)
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and results.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only warnings and results.")
+    ] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
     """Options that come before the verb."""
-    if version:
-        typer.echo(f"kuea-mllm {__version__}")
-        raise typer.Exit
     # Environment variables, so that verbs and worker processes see the same switches.
     if debug:
         os.environ["KUEA_MLLM_DEBUG"] = "1"

@@ -21,7 +21,9 @@ def swap(
     activation: Annotated[
         str | None, typer.Option(help="quick_gelu or gelu, for checkpoint files.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, for checkpoint files.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads, for checkpoint files.")
+    ] = None,
     allow_same: Annotated[
         bool, typer.Option("--allow-same", help="Accept a tower that is already inside BASE.")
     ] = False,
@@ -62,7 +64,8 @@ def swap(
             "tower before": receipt.fingerprint_before,
             "tower now": receipt.fingerprint_after,
             "tensors replaced": str(receipt.tensors_replaced),
-            "files rewritten / linked": f"{len(receipt.files_rewritten)} / {len(receipt.files_linked)}",
+            "files rewritten": ", ".join(receipt.files_rewritten),
+            "files linked": ", ".join(receipt.files_linked),
             "dtype": receipt.dtype,
             "seconds": f"{receipt.seconds:.1f}",
         },

@@ -80,9 +80,7 @@ def study(
     """Measure what alignment does to encoder and LLaVA over several seeds, with spread."""
     from kuea_mllm.workflows.study import print_study, run_study
 
-    result = run_study(
-        out, seeds=seeds, worlds=worlds, questions=questions, split=split, jobs=jobs
-    )
+    result = run_study(out, seeds=seeds, worlds=worlds, questions=questions, split=split, jobs=jobs)
     if json_output:
         print_json(result)
     else:

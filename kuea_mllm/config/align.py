@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from kuea_mllm.config.base import Recipe, StrictModel
 
@@ -194,6 +200,4 @@ class AlignRecipe(Recipe):
             teacher = teacher.model_copy(update={"normalisation": choice})
         if optim.first_update_at_full_lr is None:
             optim = optim.model_copy(update={"first_update_at_full_lr": released})
-        return self.model_copy(
-            update={"objective": objective, "teacher": teacher, "optim": optim}
-        )
+        return self.model_copy(update={"objective": objective, "teacher": teacher, "optim": optim})

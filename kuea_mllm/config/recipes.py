@@ -95,7 +95,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise RecipeError(
+            f"recipe {path} is not valid YAML: {' '.join(str(error).split())}."
+        ) from None
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path} must be a mapping, found {type(content).__name__}.")
     return content
@@ -127,9 +129,7 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
     return result
 
 
-def load_recipe(
-    reference: str, schema: type[RecipeT], *, overrides: Sequence[str] = ()
-) -> RecipeT:
+def load_recipe(reference: str, schema: type[RecipeT], *, overrides: Sequence[str] = ()) -> RecipeT:
     """Load, override and validate a recipe of one kind.
 
     Args:

@@ -89,9 +89,7 @@ def run_quickstart(
         encoder = {}
         for name, tower in (("original", ASSETS / "clip"), ("aligned", aligned.tower)):
             with console.status(f"zero-shot, retrieval and probes of the {name} tower"):
-                encoder[name] = score_encoder(
-                    tower, ASSETS, split="test", per_set=ENCODER_PICTURES
-                )
+                encoder[name] = score_encoder(tower, ASSETS, split="test", per_set=ENCODER_PICTURES)
         for name, model in (
             ("original", ASSETS / "llava"),
             ("aligned", out / "llava-aligned"),
@@ -184,7 +182,10 @@ def _write_report(
                     [
                         ("Tower inside LLaVA before", receipt.fingerprint_before),
                         ("Tower inside LLaVA now", receipt.fingerprint_after),
-                        ("Tower that answered", comparison["candidate"]["model"]["tower_fingerprint"]),
+                        (
+                            "Tower that answered",
+                            comparison["candidate"]["model"]["tower_fingerprint"],
+                        ),
                         ("Tensors replaced", str(receipt.tensors_replaced)),
                         ("Files rewritten", ", ".join(receipt.files_rewritten)),
                     ]

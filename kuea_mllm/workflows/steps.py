@@ -44,9 +44,7 @@ def align_miniworld(
 
 def score_encoder(tower: Path, world: Path, *, split: str, per_set: int) -> dict[str, float]:
     """Score a tower by itself: zero-shot, retrieval, probes, in percent."""
-    return evaluate_encoder(
-        load_tower(tower).model, world / "clip", split=split, per_set=per_set
-    )
+    return evaluate_encoder(load_tower(tower).model, world / "clip", split=split, per_set=per_set)
 
 
 def swap_into_llava(world: Path, tower: Path, out: Path) -> SwapReceipt:

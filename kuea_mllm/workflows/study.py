@@ -137,9 +137,7 @@ def study_markdown(study: Mapping[str, Any]) -> str:
         cells = [_readable(row), _plain(row["original"], row["group"])]
         for variant in VARIANTS:
             change = row["variants"][variant]
-            cells.append(
-                f"{_signed(change, row['group'])} ({change['seeds_up']}/{seeds} up)"
-            )
+            cells.append(f"{_signed(change, row['group'])} ({change['seeds_up']}/{seeds} up)")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -242,8 +240,7 @@ def _score_llava(model: Path, out: Path, results: Path, seed: int) -> dict[str, 
 
     summary = answer_questions(model, out / "tasks", results, seed=seed, show_progress=False)
     scores = {
-        name: column["score"] * 100 / column["scale"]
-        for name, column in summary["columns"].items()
+        name: column["score"] * 100 / column["scale"] for name, column in summary["columns"].items()
     }
     scores["average"] = float(np.mean(list(scores.values())))
     return scores
