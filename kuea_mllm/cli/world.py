@@ -22,11 +22,9 @@ def build(
     ] = None,
 ) -> None:
     """Train the mini CLIP, teacher and LLaVA from nothing (about 15 minutes on one core)."""
-    from kuea_mllm.io import atomic_directory
     from kuea_mllm.miniworld.build import build_world
 
-    with atomic_directory(out) as partial:
-        build_world(partial, seed=seed, teacher=teacher)
+    build_world(out, seed=seed, teacher=teacher)
     typer.echo(f"world: {out}")
 
 
@@ -39,11 +37,9 @@ def images(
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
 ) -> None:
     """Write a folder of pictures, as an image data set would lie on disk."""
-    from kuea_mllm.io import atomic_directory
     from kuea_mllm.miniworld.images import write_images
 
-    with atomic_directory(out) as partial:
-        write_images(partial, split=split, count=count, seed=seed)
+    write_images(out, split=split, count=count, seed=seed)
     typer.echo(f"images: {out}")
 
 
@@ -56,11 +52,9 @@ def tasks(
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
 ) -> None:
     """Write the benchmarks as task files for lmms-eval; pass the folder to `eval --tasks`."""
-    from kuea_mllm.io import atomic_directory
     from kuea_mllm.miniworld.tasks import write_tasks
 
-    with atomic_directory(out) as partial:
-        names = write_tasks(partial, split=split, questions_per_task=questions, seed=seed)
+    names = write_tasks(out, split=split, questions_per_task=questions, seed=seed)
     typer.echo(f"{', '.join(names)}: {out}")
 
 

@@ -93,7 +93,7 @@ def read_task_name(path: Path, *, is_required: bool) -> str | None:
 
 def nearest_names(name: str, known: Sequence[str], count: int = 3) -> list[str]:
     """Return the known names that look most like `name`."""
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
     return close or [other for other in known if name in other][:count]
 
 

@@ -1,6 +1,6 @@
 """Building the mini world from nothing: CLIP, teacher, LLaVA, and a record of how good they are.
 
-    python -m kuea_mllm.miniworld.build --seed 0 --out DIR
+python -m kuea_mllm.miniworld.build --seed 0 --out DIR
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def build_world(
         else:
             shutil.copytree(teacher, partial / "teacher")
         llava = _timed(
-            minutes, "llava", lambda: train_llava(clip, llava_tokenizer, seed=seed, progress=progress)
+            minutes,
+            "llava",
+            lambda: train_llava(clip, llava_tokenizer, seed=seed, progress=progress),
         )
         save_llava(llava, llava_tokenizer, partial / "llava")
         world = {

@@ -120,9 +120,7 @@ def embed_images(vision: Tower, images: Images, *, batch: int = 500) -> Tensor:
     return torch.cat(parts)
 
 
-def evaluate_probes(
-    vision: Tower, *, split: str = "test", per_set: int = 1000
-) -> dict[str, float]:
+def evaluate_probes(vision: Tower, *, split: str = "test", per_set: int = 1000) -> dict[str, float]:
     """Score only the probes, which need no text; see `EncoderScores.metrics`."""
     scores = EncoderScores()
     with torch.inference_mode():
@@ -136,7 +134,9 @@ def _pictures(
 ) -> tuple[list[Scene], Images]:
     # One seed per set and split; the letters of both give the numbers.
     seed = [_SEED, *f"{split}/{name}".encode()]
-    scenes = sample_scenes(count, split, seed=int(np.random.SeedSequence(seed).generate_state(1)[0]), objects=objects)
+    scenes = sample_scenes(
+        count, split, seed=int(np.random.SeedSequence(seed).generate_state(1)[0]), objects=objects
+    )
     return scenes, render_scenes(scenes, np.random.default_rng(seed), style)
 
 
@@ -158,7 +158,10 @@ def _score_zero_shot(
     sets = [scores.metrics[f"zero_shot/{name}"] for name in ZERO_SHOT_SETS]
     scores.metrics["zero_shot/average"] = sum(sets) / len(sets)
     textures = _class_vectors(
-        clip, tokenizer, [([digit], texture) for texture in TEXTURES for digit in DIGITS], len(DIGITS)
+        clip,
+        tokenizer,
+        [([digit], texture) for texture in TEXTURES for digit in DIGITS],
+        len(DIGITS),
     )
     scenes, images = _pictures("single", split, per_set, (1, 1), "natural")
     guesses = (_unit(embed_images(vision, images)) @ textures.T).argmax(1).numpy()
@@ -182,7 +185,9 @@ def _class_vectors(
     group: int = 1,
 ) -> Tensor:
     """Average the unit embeddings of every prompt of a class; `group` descriptions make one."""
-    prompts = [describe(digits, texture, prefix) for digits, texture in classes for prefix in PREFIXES]
+    prompts = [
+        describe(digits, texture, prefix) for digits, texture in classes for prefix in PREFIXES
+    ]
     embedded = _unit(embed_text(clip, tokenize_captions(tokenizer, prompts)))
     return _unit(embedded.view(-1, group * len(PREFIXES), embedded.shape[-1]).mean(1))
 
@@ -267,7 +272,9 @@ def _probe_presence(probe: _Probe, labels: _Labels) -> NDArray[Any]:
         model: Any = LogisticRegression(C=1.0, max_iter=300, tol=1e-3, class_weight="balanced")
         model.fit(probe.train, fitted[:, column])
         correct = model.predict(probe.test) == truth[:, column]
-        share = np.where(truth[:, column] == 1, truth[:, column].mean(), 1 - truth[:, column].mean())
+        share = np.where(
+            truth[:, column] == 1, truth[:, column].mean(), 1 - truth[:, column].mean()
+        )
         total += correct / (2 * np.maximum(share, 1e-9))
     weighted: NDArray[Any] = total / labels.shape[1]
     return weighted

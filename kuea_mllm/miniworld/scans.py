@@ -57,9 +57,7 @@ def load_scans(split: str) -> Scans:
 
 
 @cache
-def _split_rows() -> tuple[
-    NDArray[np.float32], NDArray[np.int64], dict[str, NDArray[np.int64]]
-]:
+def _split_rows() -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, NDArray[np.int64]]]:
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()

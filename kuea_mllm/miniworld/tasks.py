@@ -130,9 +130,7 @@ def _make_rows(task: Task, split: str, count: int, seed: list[int]) -> list[dict
     rows: list[dict[str, Any]] = []
     picture = 0
     while len(rows) < count:
-        scenes = sample_scenes(
-            200, split, seed=int(rng.integers(2**31)), objects=task.objects
-        )
+        scenes = sample_scenes(200, split, seed=int(rng.integers(2**31)), objects=task.objects)
         for scene, pixels in zip(scenes, render_scenes(scenes, rng), strict=True):
             encoded = _encode_png(pixels)
             for question in task.ask(scene, rng):

@@ -182,8 +182,7 @@ def _study_seed(out: Path, seed: int, world: Path | None, settings: StudySetting
         world = out / "worlds" / f"seed{seed}"
         if not world.exists():
             # One teacher for all seeds, as DINOv2 is one model: the spread is CLIP's and LLaVA's.
-            with atomic_directory(world) as partial:
-                build_world(partial, seed=seed, teacher=ASSETS / "teacher")
+            build_world(world, seed=seed, teacher=ASSETS / "teacher", progress=False)
     with atomic_directory(out / f"seed{seed}") as partial:
         result: dict[str, Any] = {
             "seed": seed,
@@ -268,16 +267,13 @@ def _write_shared(out: Path, settings: StudySettings) -> None:
 
     # The same pictures and questions for every seed: spread then comes from models, not data.
     if not (out / "images").exists():
-        with atomic_directory(out / "images") as partial:
-            write_images(partial, split="train", count=settings.train_images, seed=0)
+        write_images(out / "images", split="train", count=settings.train_images, seed=0)
     if not (out / "heldout").exists():
-        with atomic_directory(out / "heldout") as partial:
-            write_images(partial, split=settings.split, count=HELDOUT_IMAGES, seed=1)
+        write_images(out / "heldout", split=settings.split, count=HELDOUT_IMAGES, seed=1)
     if not (out / "tasks").exists():
-        with atomic_directory(out / "tasks") as partial:
-            write_tasks(
-                partial, split=settings.split, questions_per_task=settings.questions, seed=0
-            )
+        write_tasks(
+            out / "tasks", split=settings.split, questions_per_task=settings.questions, seed=0
+        )
 
 
 def _world(out: Path, worlds: Path | None, seed: int) -> Path | None:

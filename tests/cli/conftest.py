@@ -33,7 +33,6 @@ def kuea(monkeypatch):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures") / "images"
-    folder.mkdir()
     write_images(folder, split="train", count=64, seed=0)
     return folder
 

@@ -150,7 +150,7 @@ def test_llava_tap_comes_from_the_block_and_not_through_the_final_norm(name: str
     normed = [k for k in stored if plain_name(k) == "kuea_llava_tower.after_ln_post"]
     assert normed
     # What the recipe of the released code yields under its pinned open_clip is something else.
-    assert all(absolute_error(tap, stored[k][:, 1:]) > 0.1 for k in normed)
+    assert all(absolute_error(tap, stored[k][:, 1:]) > 1e-3 for k in normed)
 
 
 @tower_files

@@ -67,6 +67,7 @@ def test_results_directory_is_complete(world: Path) -> None:
     assert [picture.name for picture in pictures] == ["0.png", "1.png", "2.png"]
     written = [path.name for path in (results.path / "lmms").rglob("*") if path.is_file()]
     assert len(written) == 1 + len(TASKS)
+    assert (results.path / "run.yaml").read_text() == "kind: eval\n"
     assert (results.path / "lmms_eval.log").stat().st_size > 0
 
 
@@ -113,7 +114,8 @@ def test_mistakes_end_in_one_clear_line(errors: dict[str, str]) -> None:
     assert "loglikelihood" in errors["likelihood"]
     assert "temperatur" in errors["argument"]
     assert "scoring is broken" in errors["scoring"]
-    assert "output" in errors["exists"]
+    assert "exists already" in errors["exists"]
+    assert "its kuea.json records ffff (float32)" in errors["changed"]
 
 
 class FakeAdapter:
@@ -175,7 +177,12 @@ def run_everything(folder: Path) -> dict[str, str]:
     tasks, model = folder / "tasks", folder / "a,b=c"
     write_tasks(tasks, split="test", questions_per_task=QUESTIONS + 2, seed=0)
     build_model(model)
-    options: dict[str, Any] = {"device": "cpu", "show_progress": False, "thumbnails": 3}
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "show_progress": False,
+        "thumbnails": 3,
+        "recipe": "kind: eval\n",
+    }
     for batch_size in (8, 1):
         runner.evaluate(
             model,
@@ -186,6 +193,11 @@ def run_everything(folder: Path) -> dict[str, str]:
             **options,
         )
     errors = collect_mistakes(folder, model, options)
+    write_json(model / "kuea.json", {"tower": {"fingerprints": {"float32": "ffff"}}})
+    errors["changed"] = message_of(
+        lambda: runner.evaluate(model, [str(tasks)], folder / "never", **options)
+    )
+    (model / "kuea.json").unlink()
     pope = str(tasks / "miniworld_pope.yaml")
     rows = load_results(folder / "batch-8").rows("miniworld_pope")
     with_adapter(FakeAdapter([rows[i].question for i in (2, 5, 7)]))

@@ -66,9 +66,7 @@ def test_llava_conversations_survive_the_round_trip(llava_tokenizer: LlamaTokeni
 
 
 @pytest.mark.parametrize("text", ["Grüße, 世界!", "0.37 and 12:45\tx\n\n", "print('{}')"])
-def test_any_text_survives_the_llava_tokenizer(
-    llava_tokenizer: LlamaTokenizer, text: str
-) -> None:
+def test_any_text_survives_the_llava_tokenizer(llava_tokenizer: LlamaTokenizer, text: str) -> None:
     tokens = llava_tokenizer.encode(text, add_special_tokens=False)
     assert llava_tokenizer.unk_token_id not in tokens
     assert llava_tokenizer.decode(tokens) == text
