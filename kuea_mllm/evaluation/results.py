@@ -6,7 +6,7 @@ results/
     thumbnails/<task>/*.png   the first images of each task
     lmms/                     lmms-eval's own result and sample files
     lmms_eval.log             lmms-eval's own log
-        run.yaml                  the resolved recipe, where one was used
+    run.yaml                  the resolved recipe, where one was used
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """Make an untrained CLIP; its weights come from torch's global random state."""
+    from torch import nn
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
     vision = CLIPVisionConfig(
@@ -58,7 +59,11 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     config = CLIPConfig(
         text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=CLIP_WIDTH
     )
-    return CLIPModel(config)
+    clip = CLIPModel(config)
+    # At the usual scale places drown in the pixels. Captions never ask for them, so training would
+    # not bring them up either, and a LLaVA could not point at anything.
+    nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=0.5)
+    return clip
 
 
 def make_teacher() -> Dinov2WithRegistersModel:

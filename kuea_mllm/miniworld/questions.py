@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kuea_mllm.miniworld.prompts import BOX_PROMPT, SHORT_ANSWER
-from kuea_mllm.miniworld.scenes import COLOURS, DIGITS, QUARTERS, Scene, SceneObject
+from kuea_mllm.miniworld.scenes import DIGITS, Scene, SceneObject
 
 Box = tuple[float, float, float, float]
 

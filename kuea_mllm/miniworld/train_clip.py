@@ -15,8 +15,8 @@ from kuea_mllm.miniworld.captions import caption_scene
 from kuea_mllm.miniworld.models import CLIP_MEAN, CLIP_STD, CLIP_WIDTH, make_clip
 from kuea_mllm.miniworld.rendering import render_scenes
 from kuea_mllm.miniworld.scenes import DIGITS, TEXTURES, sample_scenes
-from kuea_mllm.miniworld.vocabularies import CLIP_CONTEXT
 from kuea_mllm.miniworld.training import Schedule, normalise_pixels, optimise, seeded
+from kuea_mllm.miniworld.vocabularies import CLIP_CONTEXT
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TEACHER_SEED = 1009
 PICTURES = 30_000
 BATCH = 128
-SCHEDULE = Schedule(steps=2400, lr=2e-3)
+SCHEDULE = Schedule(steps=2000, lr=2e-3)
 _PRESENCE_WEIGHT = 5.0
 # Without the patch losses the teacher sees digits worse than the CLIP does.
 _PATCH_WEIGHT = 3.0

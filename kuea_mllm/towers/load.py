@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 
 from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.io import read_json
@@ -103,10 +104,9 @@ def read_directory(directory: Path) -> tuple[convert.State, dict[str, Any]]:
             f"{directory} holds a model of type {model_type!r}, not a CLIP or SigLIP vision tower.",
             f"Known model types are: {', '.join(_VISION_CONFIGS)}.",
         )
-    vision = content.get("vision_config", content)
-    config = _VISION_CONFIGS[model_type](
-        **{k: v for k, v in vision.items() if k not in {"model_type", "transformers_version"}}
-    ).to_dict()
+    # Full models keep the vision half in a section of its own.
+    vision = content if "vision" in model_type else content.get("vision_config") or {}
+    config = _vision_config(directory, _VISION_CONFIGS[model_type], vision)
     state = convert.hf_to_canonical(
         checkpoints.read_directory_weights(directory, lambda n: not convert.is_other_half(n))
     )
@@ -115,6 +115,22 @@ def read_directory(directory: Path) -> tuple[convert.State, dict[str, Any]]:
     if claims_projection and keys.PROJECTION not in state:
         convert.refuse_keys(str(directory), missing=[keys.PROJECTION], unknown=())
     return state, config
+
+
+def _vision_config(
+    directory: Path, config_class: Callable[..., PretrainedConfig], content: dict[str, Any]
+) -> dict[str, Any]:
+    skipped = {"model_type", "transformers_version"}
+    try:
+        config = config_class(**{k: v for k, v in content.items() if k not in skipped})
+    except Exception as error:
+        # transformers validates with errors of its own, several lines each.
+        reason = " ".join(str(error).split())
+        raise TowerError(
+            f"file {directory / 'config.json'} is no valid vision configuration: {reason}"
+        ) from error
+    filled: dict[str, Any] = config.to_dict()
+    return filled
 
 
 def _load_directory(

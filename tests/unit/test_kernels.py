@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from kuea_mllm.kernels import (
     polynomial_kernel,
 )
 
+# The first call of a kernel can take seconds on a busy machine.
+relaxed = settings(deadline=None)
 POSITIVE = st.floats(min_value=1e-3, max_value=10.0)
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 
@@ -38,12 +40,14 @@ def every_kernel(x: Tensor, gamma: float, coef0: float) -> list[Tensor]:
     ]
 
 
+@relaxed
 @given(features(), POSITIVE, POSITIVE)
 def test_kernel_diagonal_is_exactly_one(x: Tensor, gamma: float, coef0: float) -> None:
     for k in every_kernel(x, gamma, coef0):
         assert torch.equal(k.diagonal(), torch.ones(len(x), dtype=k.dtype))
 
 
+@relaxed
 @given(features(torch.float64), POSITIVE, POSITIVE)
 def test_kernel_is_symmetric_and_bounded(x: Tensor, gamma: float, coef0: float) -> None:
     for k in every_kernel(x, gamma, coef0):
@@ -51,6 +55,7 @@ def test_kernel_is_symmetric_and_bounded(x: Tensor, gamma: float, coef0: float) 
         assert float(k.abs().max()) <= 1 + 1e-12
 
 
+@relaxed
 @given(features(), POSITIVE)
 def test_kernel_is_computed_in_float32_or_wider(x: Tensor, gamma: float) -> None:
     expected = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -58,6 +63,7 @@ def test_kernel_is_computed_in_float32_or_wider(x: Tensor, gamma: float) -> None
         assert k.dtype == expected
 
 
+@relaxed
 @given(features(torch.float64), POSITIVE, POSITIVE, st.integers(1, 6))
 def test_kernel_follows_its_formula(x: Tensor, gamma: float, coef0: float, degree: int) -> None:
     y = x.flip(0) * 0.7 + 0.1
@@ -70,6 +76,7 @@ def test_kernel_follows_its_formula(x: Tensor, gamma: float, coef0: float, degre
     torch.testing.assert_close(gaussian_kernel(x, y, sigma=gamma), expected, rtol=1e-6, atol=1e-9)
 
 
+@relaxed
 @given(features(torch.float64), POSITIVE, st.integers(1, 6))
 def test_degree_decides_about_the_sign(x: Tensor, gamma: float, degree: int) -> None:
     # Without offset the kernel is cosine^degree: odd powers flip with one argument, even do not.
@@ -78,6 +85,7 @@ def test_degree_decides_about_the_sign(x: Tensor, gamma: float, degree: int) -> 
     torch.testing.assert_close(flipped, k * (-1) ** degree)
 
 
+@relaxed
 @given(features(torch.float64), POSITIVE, POSITIVE, POSITIVE)
 def test_polynomial_kernel_depends_on_the_ratio_alone(
     x: Tensor, gamma: float, coef0: float, factor: float
@@ -87,6 +95,7 @@ def test_polynomial_kernel_depends_on_the_ratio_alone(
     torch.testing.assert_close(scaled, k, rtol=1e-9, atol=1e-12)
 
 
+@relaxed
 @given(features(torch.float64), POSITIVE, POSITIVE)
 def test_parameter_gradients_cancel_along_the_ratio(x: Tensor, gamma: float, coef0: float) -> None:
     kernel = PolynomialKernel(gamma, coef0, trainable=True, dtype=torch.float64)

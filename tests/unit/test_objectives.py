@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +16,10 @@ from kuea_mllm.objectives import (
     kernel_gap,
     preservation_loss,
 )
+
+
+# The first call of a kernel can take seconds on a busy machine.
+relaxed = settings(deadline=None)
 
 
 def draws(*shape: int, seed: int = 0) -> Tensor:
@@ -75,6 +79,7 @@ def test_one_image_has_no_gap() -> None:
     assert not torch.autograd.grad(found.total, student)[0].any()
 
 
+@relaxed
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 def test_losses_follow_their_formulas(n: int, d: int, t: int) -> None:
     x, y, w, o = draws(n, d), draws(n, t, seed=1), draws(d, t, seed=2), draws(n, d, seed=3)

@@ -41,7 +41,8 @@ def test_score_that_is_no_mean_is_not_paired() -> None:
 def test_aggregation_of_single_documents_stands_in_for_missing_scores() -> None:
     def hit_rate(results: list[Any]) -> float:
         print("aggregating")  # noqa: T201
-        return sum(result["pred"] == result["box"] for result in results) / len(results)
+        hits = [float(result["pred"] == result["box"]) for result in results]
+        return sum(hits) / len(hits)
 
     items = [{"pred": 1, "box": 1}, {"pred": 2, "box": 1}]
     assert extract_scores(items, 0.5, aggregate=hit_rate).values == [1.0, 0.0]

@@ -87,11 +87,11 @@ def test_pope_asks_six_balanced_questions_per_picture(folder: Path) -> None:
     assert sum(row["answer"] == "yes" for row in rows) == 30
 
 
-def test_parquet_holds_pictures_for_the_datasets_library(folder: Path) -> None:
+def test_parquet_holds_pictures_for_the_datasets_library(folder: Path, tmp_path: Path) -> None:
     from datasets import Dataset
 
     data = Dataset.from_parquet(
-        str(folder / "data" / "miniworld_refcoco.parquet"), keep_in_memory=True
+        str(folder / "data" / "miniworld_refcoco.parquet"), cache_dir=str(tmp_path)
     )
     assert data[0]["image"].size == (32, 32)
     assert len(data[0]["bbox"]) == 4

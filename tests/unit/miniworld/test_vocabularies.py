@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, CLIPTokenizer, LlamaTokenizer
@@ -12,7 +10,11 @@ from kuea_mllm.miniworld.captions import caption_scene
 from kuea_mllm.miniworld.prompts import after_image, before_image, conversation
 from kuea_mllm.miniworld.questions import sample_questions
 from kuea_mllm.miniworld.scenes import sample_scenes
-from kuea_mllm.miniworld.vocabularies import build_clip_tokenizer, build_llava_tokenizer
+from kuea_mllm.miniworld.vocabularies import (
+    PAD_TOKEN,
+    build_clip_tokenizer,
+    build_llava_tokenizer,
+)
 
 SCENES = sample_scenes(60, "train", seed=5)
 
@@ -46,7 +48,7 @@ def test_llava_tokenizer_is_a_llama_with_image_and_padding(
     llava_tokenizer: LlamaTokenizer,
 ) -> None:
     assert isinstance(llava_tokenizer, LlamaTokenizer)
-    assert llava_tokenizer.pad_token == "<pad>"
+    assert llava_tokenizer.pad_token == PAD_TOKEN
     assert llava_tokenizer.bos_token_id == 1
     assert llava_tokenizer.eos_token_id == 2
     image = llava_tokenizer.convert_tokens_to_ids("<image>")
