@@ -19,7 +19,7 @@ def configure_terminal(*, verbose: bool = False, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.logging import RichHandler
 
-        handler = RichHandler(
+        terminal = RichHandler(
             console=Console(stderr=True),
             show_path=False,
             show_time=False,
@@ -28,8 +28,8 @@ def configure_terminal(*, verbose: bool = False, quiet: bool = False) -> None:
             highlighter=None,
             keywords=[],
         )
-        handler.kuea_terminal = True  # type: ignore[attr-defined]
-        LOGGER.addHandler(handler)
+        terminal.kuea_terminal = True  # type: ignore[attr-defined]
+        LOGGER.addHandler(terminal)
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     for handler in LOGGER.handlers:
         if getattr(handler, "kuea_terminal", False):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kuea_mllm.kernels import Kernel
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -87,8 +89,8 @@ class KernelAlignmentObjective(nn.Module):
 
     def __init__(
         self,
-        student_kernel: nn.Module,
-        teacher_kernel: nn.Module,
+        student_kernel: Kernel,
+        teacher_kernel: Kernel,
         *,
         kernel_weight: float,
         preserve_weight: float,

@@ -257,9 +257,13 @@ def _load_model(path: Path, source: str, readout: Readout, dtype: torch.dtype) -
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise TowerError(f"teacher {source} cannot be loaded: {reason[0]}") from error
-    # transformers fills what is missing with random numbers and goes on.
-    missing = sorted(n for n in report["missing_keys"] if readout == "pooled" or "pooler" not in n)
-    if missing:
+    # transformers fills what is missing with random numbers and goes on. Only a pooler that is not
+    # read may be missing, and is taken off: it would make the fingerprint random.
+    absent = set(report["missing_keys"])
+    if readout != "pooled" and any(name.startswith("pooler.") for name in absent):
+        model.pooler = None
+        absent = {name for name in absent if not name.startswith("pooler.")}
+    if missing := sorted(absent):
         raise TowerError(
             f"teacher {source} lacks weights: {', '.join(missing[:3])}.",
             "The directory is incomplete"

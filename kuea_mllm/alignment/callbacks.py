@@ -142,7 +142,7 @@ class Measure(TrainerCallback):
         self.last: dict[str, float] = {}
 
     def bind(self, log: Callable[[dict[str, float]], None]) -> None:
-        """Give the trainer's `log`, which reaches all other callbacks."""
+        """Give the trainer's `log_measurement`, which reaches all other callbacks."""
         self._log = log
 
     def on_train_begin(

@@ -192,7 +192,7 @@ def _train(
         workers=recipe.data.workers,
         callbacks=[metrics, StopWhenDiverged(objective.student_kernel.check), measure],
     )
-    measure.bind(trainer.log)
+    measure.bind(trainer.log_measurement)
     # Rows go to metrics.jsonl; printing each of them too would bury everything else.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -216,7 +216,7 @@ def _train(
         kernel={"initial": initial_kernel, "final": objective.student_kernel.constants()},
         measured={"before": measure.first, "after": measure.last, "images": heldout.count},
     )
-    inputs.student.model.to("cpu")
+    student.to("cpu")
     save_tower(inputs.student, directory / "tower", manifest=manifest)
     write_json(
         directory / "kernel_matrices.json",

@@ -16,7 +16,7 @@ from kuea_mllm.alignment.schedule import lr_multiplier
 from kuea_mllm.alignment.targets import Targets, TargetSource
 from kuea_mllm.config.align import OptimConfig, RuntimeConfig
 from kuea_mllm.errors import UserError
-from kuea_mllm.objectives import LossTerms
+from kuea_mllm.objectives import KernelAlignmentObjective, LossTerms
 
 
 class AlignmentModel(nn.Module):
@@ -25,10 +25,10 @@ class AlignmentModel(nn.Module):
     Args:
         student: Pictures in [0, 1], (batch, 3, size, size), to embeddings (batch, width), not
             normalised.
-        objective: (student, teacher, original) embeddings to `LossTerms`.
+        objective: Compares embeddings of student, teacher and original.
     """
 
-    def __init__(self, student: nn.Module, objective: nn.Module) -> None:
+    def __init__(self, student: nn.Module, objective: KernelAlignmentObjective) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
@@ -75,6 +75,7 @@ class AlignmentTrainer(Trainer):
             raise ValueError("the recipe has to be resolved before it reaches the trainer")
         self.optim = optim
         self.targets = targets
+        self._trained = model
         self._term_sums: dict[str, Tensor] = {}
         self._steps_summed = 0
         arguments = TrainingArguments(
@@ -116,7 +117,7 @@ class AlignmentTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW with decay on the whole tower and none on the objective's parameters."""
         if self.optimizer is None:
-            trained: AlignmentModel = model or self.model
+            trained = self._trained
             groups = [
                 {
                     "params": [p for p in trained.student.parameters() if p.requires_grad],
@@ -146,7 +147,7 @@ class AlignmentTrainer(Trainer):
                 total_steps=num_training_steps,
                 first_update_at_full_lr=bool(self.optim.first_update_at_full_lr),
             )
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, multiplier)
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), multiplier)
         return self.lr_scheduler
 
     def compute_loss(
@@ -176,9 +177,14 @@ class AlignmentTrainer(Trainer):
             logs.pop("grad_norm", None)
         super().log(logs, start_time)
 
+    def log_measurement(self, values: dict[str, float]) -> None:
+        """Log a row from within a callback without losing a row of losses that is due."""
+        is_due = self.control.should_log
+        self.log(values)
+        self.control.should_log = is_due
+
     def _kernel_constants(self) -> dict[str, float]:
-        constants: dict[str, float] = self.model.objective.student_kernel.constants()
-        return constants
+        return self._trained.objective.student_kernel.constants()
 
     def _remember(self, loss: LossTerms) -> None:
         for name, value in loss.terms.items():

@@ -53,7 +53,7 @@ def _describe(schema: type[BaseModel], problem: Any) -> str:
         return f"unknown key '{path}'; {hint}"
     if problem["type"] == "missing":
         return f"key '{path}' is missing."
-    message = problem["msg"].removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ")
     if not path:
         return message
     found = problem.get("input")

@@ -109,7 +109,7 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
     Raises:
         RecipeError: If an override has no `=` or its path runs through a plain value.
     """
-    result = _deep_copy(content)
+    result: dict[str, Any] = _deep_copy(content)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path.strip():

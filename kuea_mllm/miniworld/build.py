@@ -131,8 +131,9 @@ def load_teacher_tower(folder: Path) -> Callable[[Tensor], Tensor]:
     from transformers import Dinov2WithRegistersModel
 
     from kuea_mllm.miniworld.models import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+    from kuea_mllm.miniworld.training import in_eval_mode
 
-    teacher = Dinov2WithRegistersModel.from_pretrained(folder).eval()
+    teacher = in_eval_mode(Dinov2WithRegistersModel.from_pretrained(folder))
     clip_mean, clip_std, mean, std = (
         torch.tensor(numbers).view(3, 1, 1)
         for numbers in (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD)

@@ -25,7 +25,7 @@ from kuea_mllm.miniworld.rendering import Images, render_scenes
 from kuea_mllm.miniworld.scans import SPLIT_SIZES
 from kuea_mllm.miniworld.scenes import COLOURS, DIGITS, TEXTURES, Scene, sample_scenes
 from kuea_mllm.miniworld.train_clip import embed_text, tokenize_captions
-from kuea_mllm.miniworld.training import normalise_pixels
+from kuea_mllm.miniworld.training import in_eval_mode, normalise_pixels
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -96,12 +96,12 @@ def score_encoder(
     Raises:
         DataError: If there is no such split.
     """
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel, CLIPTokenizer
 
     if split not in SPLIT_SIZES:
         raise DataError(f"split {split!r} does not exist; choose from {', '.join(SPLIT_SIZES)}.")
-    clip = CLIPModel.from_pretrained(clip_dir).eval()
-    tokenizer = AutoTokenizer.from_pretrained(clip_dir)
+    clip = in_eval_mode(CLIPModel.from_pretrained(clip_dir))
+    tokenizer = CLIPTokenizer.from_pretrained(clip_dir)
     scores = EncoderScores()
     with torch.inference_mode():
         _score_zero_shot(scores, vision, clip, tokenizer, split, per_set)
@@ -112,11 +112,11 @@ def score_encoder(
 
 def embed_images(vision: Tower, images: Images, *, batch: int = 500) -> Tensor:
     """Embed uint8 pictures with a tower, (n, projection), not normalised."""
-    parts = []
+    parts: list[Tensor] = []
     for start in range(0, len(images), batch):
         pixels = normalise_pixels(images[start : start + batch], CLIP_MEAN, CLIP_STD)
         output = vision(pixels)
-        parts.append(getattr(output, "image_embeds", output))
+        parts.append(output if isinstance(output, Tensor) else output.image_embeds)
     return torch.cat(parts)
 
 
@@ -296,4 +296,5 @@ def _presence(groups: Sequence[frozenset[int]], classes: int) -> _Labels:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return vectors / vectors.norm(dim=-1, keepdim=True)
+    unit: Tensor = vectors / vectors.norm(dim=-1, keepdim=True)
+    return unit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.miniworld.scenes import CANVAS, CELL
 from kuea_mllm.miniworld.vocabularies import CLIP_CONTEXT, IMAGE_TOKEN, LLAVA_CONTEXT
@@ -98,14 +98,16 @@ def make_llava(clip: CLIPModel, tokenizer: LlamaTokenizer) -> LlavaForConditiona
         num_key_value_heads=4,
         max_position_embeddings=LLAVA_CONTEXT,
         rms_norm_eps=1e-5,
+        # The usual 0.02 is meant for widths in the thousands.
+        initializer_range=DECODER_WIDTH**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     config = LlavaConfig(
-        vision_config=clip.config.vision_config.to_dict(),
+        vision_config=clip.vision_model.config.to_dict(),
         text_config=text.to_dict(),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
         image_seq_length=(CANVAS // CELL) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -131,7 +133,10 @@ def make_clip_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
         image_mean=list(CLIP_MEAN),
         image_std=list(CLIP_STD),
     )
-    return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+    # Processors have no types.
+    make: Any = CLIPProcessor
+    processor: CLIPProcessor = make(image_processor=images, tokenizer=tokenizer)
+    return processor
 
 
 def make_teacher_processor() -> PilBackend:
@@ -159,10 +164,12 @@ def make_llava_processor(tokenizer: LlamaTokenizer) -> LlavaProcessor:
     )
     # The three numbers decide how many placeholders an image gets; without the last one it is one
     # too few.
-    return LlavaProcessor(
+    make: Any = LlavaProcessor
+    processor: LlavaProcessor = make(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=CELL,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
+    return processor

@@ -44,6 +44,7 @@ class PackedBatch:
         mask: Whether a token sees another, bool, (pictures, 1, length, length).
         is_answer: Whether a position predicts an answer token, bool, (pictures, length).
         targets: The token that each position predicts, or -100.
+        hints: For the tokens of a question, the first token of its answer, else -100.
         image_start: First position of the image.
     """
 
@@ -52,7 +53,13 @@ class PackedBatch:
     mask: Tensor
     is_answer: Tensor
     targets: Tensor
+    hints: Tensor
     image_start: int
+
+    @property
+    def is_prompt(self) -> Tensor:
+        """Whether a position belongs to a question, bool, (pictures, length)."""
+        return self.hints != _NO_TARGET
 
 
 class QuestionPacker:
@@ -85,6 +92,7 @@ class QuestionPacker:
         input_ids = torch.zeros(size, dtype=torch.long)
         positions = torch.zeros(size, dtype=torch.long)
         targets = torch.full(size, _NO_TARGET)
+        hints = torch.full(size, _NO_TARGET)
         # Which question a token belongs to: 0 the shared beginning, -1 padding.
         owner = torch.full(size, -1)
         input_ids[:, : len(self._prefix)] = torch.tensor(self._prefix)
@@ -95,6 +103,7 @@ class QuestionPacker:
             places: list[int] = []
             owners: list[int] = []
             predicted: list[int] = []
+            hinted: list[int] = []
             for number, item in enumerate(questions, start=1):
                 tokens = item.prompt + item.answer
                 ids += tokens
@@ -102,17 +111,20 @@ class QuestionPacker:
                 owners += [number] * len(tokens)
                 predicted += [_NO_TARGET] * (len(item.prompt) - 1)
                 predicted += [*item.answer, _NO_TARGET]
+                hinted += [item.answer[0]] * len(item.prompt) + [_NO_TARGET] * len(item.answer)
             end = shared + len(ids)
             input_ids[row, shared:end] = torch.tensor(ids)
             positions[row, shared:end] = torch.tensor(places)
             owner[row, shared:end] = torch.tensor(owners)
             targets[row, shared:end] = torch.tensor(predicted)
+            hints[row, shared:end] = torch.tensor(hinted)
         return PackedBatch(
             input_ids=input_ids,
             position_ids=positions,
             mask=_block_mask(owner),
             is_answer=targets != _NO_TARGET,
             targets=targets,
+            hints=hints,
             image_start=len(self._prefix),
         )
 

@@ -65,7 +65,8 @@ STYLES = {
 
 def render(scene: Scene, rng: np.random.Generator, style: str = "natural") -> Images:
     """Draw one scene as uint8 (32, 32, 3); `rng` decides hues, jitter and noise."""
-    return render_scenes([scene], rng, style)[0]
+    picture: Images = render_scenes([scene], rng, style)[0]
+    return picture
 
 
 def render_scenes(
@@ -188,29 +189,34 @@ def _transformed(scans: _Floats, side: _Floats, rng: np.random.Generator) -> _Fl
     left, top = u.astype(np.int64), v.astype(np.int64)
     du, dv = u - left, v - top
     item = np.arange(count)[:, None, None]
-    ink: _Floats = (
+    ink = (
         padded[item, top, left] * (1 - du) * (1 - dv)
         + padded[item, top, left + 1] * du * (1 - dv)
         + padded[item, top + 1, left] * (1 - du) * dv
         + padded[item, top + 1, left + 1] * du * dv
     )
-    return np.clip(1.15 * ink, 0, 1)
+    clipped: _Floats = np.clip(1.15 * ink, 0, 1)
+    return clipped
 
 
 def _apply_style(canvas: _Floats, name: str, rng: np.random.Generator) -> _Floats:
     if name == "gray":
-        return np.repeat((canvas @ _LUMINANCE)[..., None], 3, axis=3)
+        return _in_three_channels(canvas @ _LUMINANCE)
     if name == "sketch":
         gray = np.pad(canvas @ _LUMINANCE, ((0, 0), (0, 1), (0, 1)), mode="edge")
         edges = np.abs(np.diff(gray, axis=1))[:, :, :-1] + np.abs(np.diff(gray, axis=2))[:, :-1]
-        return np.repeat(np.clip(edges, 0, 1)[..., None], 3, axis=3)
+        return _in_three_channels(np.clip(edges, 0, 1))
     if name == "invert":
         return 1 - canvas
     if name == "noisy":
         return canvas + 0.15 * rng.standard_normal(canvas.shape, dtype=np.float32)
     if name == "blur":
-        padded = np.pad(canvas, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-        rows = (padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]) / 3
-        blurred: _Floats = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 3
-        return blurred
+        wide = np.pad(canvas, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+        rows = (wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]) / 3
+        blurred = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 3
+        return blurred.astype(np.float32)
     return canvas
+
+
+def _in_three_channels(gray: _Floats) -> _Floats:
+    return np.repeat(gray[..., None], 3, axis=3)

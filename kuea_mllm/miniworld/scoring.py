@@ -57,7 +57,7 @@ def process_box(doc: Document, results: Sequence[str]) -> dict[str, Item]:
 
 def mean_score(items: Sequence[Item]) -> float:
     """Average the scores."""
-    return sum(item["score"] for item in items) / len(items)
+    return float(sum(item["score"] for item in items) / len(items))
 
 
 def f1_score(items: Sequence[Item]) -> float:
@@ -65,12 +65,12 @@ def f1_score(items: Sequence[Item]) -> float:
     right = sum(item["prediction"] == "yes" == item["answer"] for item in items)
     named = sum(item["prediction"] == "yes" for item in items)
     true = sum(item["answer"] == "yes" for item in items)
-    return 2 * right / (named + true) if named + true else 0.0
+    return float(2 * right / (named + true)) if named + true else 0.0
 
 
 def yes_ratio(items: Sequence[Item]) -> float:
     """Compute the share of predictions that are "yes"."""
-    return sum(item["prediction"] == "yes" for item in items) / len(items)
+    return float(sum(item["prediction"] == "yes" for item in items) / len(items))
 
 
 def parse_box(text: str) -> tuple[float, float, float, float] | None:

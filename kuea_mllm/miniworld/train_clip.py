@@ -15,7 +15,13 @@ from kuea_mllm.miniworld.captions import caption_scene
 from kuea_mllm.miniworld.models import CLIP_MEAN, CLIP_STD, CLIP_WIDTH, make_clip
 from kuea_mllm.miniworld.rendering import render_scenes
 from kuea_mllm.miniworld.scenes import DIGITS, TEXTURES, sample_scenes
-from kuea_mllm.miniworld.training import Schedule, normalise_pixels, optimise, seeded
+from kuea_mllm.miniworld.training import (
+    Schedule,
+    in_eval_mode,
+    normalise_pixels,
+    optimise,
+    seeded,
+)
 from kuea_mllm.miniworld.vocabularies import CLIP_CONTEXT
 
 if TYPE_CHECKING:
@@ -74,7 +80,7 @@ def train_clip(
             return contrast + _WORD_LOSS_WEIGHT * naming
 
         optimise([clip, word_head], compute_loss, schedule, label="clip", progress=progress)
-    return clip.eval()
+    return in_eval_mode(clip)
 
 
 def tokenize_captions(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:

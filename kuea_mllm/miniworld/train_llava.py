@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kuea_mllm.miniworld.models import CLIP_MEAN, CLIP_STD, make_llava
+from kuea_mllm.miniworld.models import CLIP_MEAN, CLIP_STD, DECODER_WIDTH, make_llava
 from kuea_mllm.miniworld.packing import PackedBatch, QuestionPacker
 from kuea_mllm.miniworld.questions import sample_questions
 from kuea_mllm.miniworld.rendering import Images, render_scenes
 from kuea_mllm.miniworld.scenes import COLOURS, DIGITS, GRID, Scene, sample_scenes
-from kuea_mllm.miniworld.training import Schedule, normalise_pixels, optimise, seeded
+from kuea_mllm.miniworld.training import (
+    Schedule,
+    in_eval_mode,
+    normalise_pixels,
+    optimise,
+    seeded,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, LlamaTokenizer, LlavaForConditionalGeneration
@@ -27,6 +33,7 @@ SCHEDULE = Schedule(steps=1500, lr=2e-3, weight_decay=0.02)
 _CELLS = GRID * GRID
 # Half of the training: afterwards the answers alone decide what the projector keeps.
 _NAMING_WEIGHT = 1.0
+_HINT_WEIGHT = 0.5
 
 
 def train_llava(
@@ -65,22 +72,29 @@ def train_llava(
         llava = make_llava(clip, tokenizer)
         llava.model.vision_tower.requires_grad_(False)
         features = compute_features(llava, images)
+        hint_head = nn.Linear(DECODER_WIDTH, len(tokenizer))
+        _tie_queries_to_keys(llava)
         llava.train()
 
         def compute_loss(step: int) -> Tensor:
             rows = torch.randint(pictures, (BATCH,), generator=generator)
             batch = packer.pack([questions[row] for row in rows.tolist()])
             tokens = llava.model.multi_modal_projector(features[rows])
-            answering = answer_loss(llava, tokens, batch)
-            return answering + _NAMING_WEIGHT * _naming_loss(llava, tokens, named[rows])
+            hidden = decode_packed(llava, tokens, batch)
+            return (
+                answer_loss(llava, hidden, batch)
+                + _HINT_WEIGHT * _hint_loss(hint_head, hidden, batch)
+                + _NAMING_WEIGHT * _naming_loss(llava, tokens, named[rows])
+            )
 
         modules: list[nn.Module] = [
             llava.model.multi_modal_projector,
             llava.model.language_model,
             llava.lm_head,
+            hint_head,
         ]
         optimise(modules, compute_loss, schedule, label="llava", progress=progress)
-    return llava.eval()
+    return in_eval_mode(llava)
 
 
 def compute_features(
@@ -97,15 +111,14 @@ def compute_features(
     return torch.cat(parts)
 
 
-def answer_loss(llava: LlavaForConditionalGeneration, tokens: Tensor, batch: PackedBatch) -> Tensor:
+def answer_loss(llava: LlavaForConditionalGeneration, hidden: Tensor, batch: PackedBatch) -> Tensor:
     """Compute the mean cross entropy of the answer tokens.
 
     Args:
         llava: The model.
-        tokens: Projected image tokens, (pictures, patches, decoder width).
+        hidden: Result of `decode_packed`, (pictures, length, decoder width).
         batch: The packed questions of the same pictures.
     """
-    hidden = decode_packed(llava, tokens, batch)
     logits = llava.lm_head(hidden[batch.is_answer])
     return F.cross_entropy(logits, batch.targets[batch.is_answer])
 
@@ -127,10 +140,27 @@ def decode_packed(
     return hidden
 
 
+def _tie_queries_to_keys(llava: LlavaForConditionalGeneration) -> None:
+    """Let attention begin by looking for likeness, as in mimetic initialisation.
+
+    A question has to find the image token that is like one of its words. From random weights that
+    takes longer to appear than everything else together (Trockman and Kolter, 2023).
+    """
+    with torch.no_grad():
+        for layer in llava.model.language_model.layers:
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+
+
+def _hint_loss(hint_head: nn.Linear, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """Ask every word of a question for the answer's first token, as far as it can know."""
+    return F.cross_entropy(hint_head(hidden[batch.is_prompt]), batch.hints[batch.is_prompt])
+
+
 def _naming_loss(llava: LlavaForConditionalGeneration, tokens: Tensor, named: Tensor) -> Tensor:
     """Ask image tokens on digits for the words of their digit and colour."""
     on_digit = named[..., 0] >= 0
-    scores = tokens[on_digit] @ llava.get_input_embeddings().weight.T
+    table: Tensor = llava.get_input_embeddings().weight  # type: ignore[assignment]
+    scores = tokens[on_digit] @ table.T
     words = named[on_digit]  # (tokens on digits, 2)
     return F.cross_entropy(scores, words[:, 0]) + F.cross_entropy(scores, words[:, 1])
 

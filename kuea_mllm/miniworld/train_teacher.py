@@ -26,7 +26,13 @@ from kuea_mllm.miniworld.scenes import (
     Scene,
     sample_scenes,
 )
-from kuea_mllm.miniworld.training import Schedule, normalise_pixels, optimise, seeded
+from kuea_mllm.miniworld.training import (
+    Schedule,
+    in_eval_mode,
+    normalise_pixels,
+    optimise,
+    seeded,
+)
 
 if TYPE_CHECKING:
     from transformers import Dinov2WithRegistersModel
@@ -110,7 +116,7 @@ def train_teacher(
             return loss
 
         optimise([teacher, heads], compute_loss, schedule, label="teacher", progress=progress)
-    return teacher.eval()
+    return in_eval_mode(teacher)
 
 
 def _presence(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,13 @@ class Schedule:
     lr: float
     warmup_steps: int = 50
     weight_decay: float = 0.05
+
+
+def in_eval_mode(model: _Model) -> _Model:
+    """Switch a model to evaluation and return it."""
+    # The `eval` of transformers models has no types.
+    model.train(False)
+    return model
 
 
 @contextmanager

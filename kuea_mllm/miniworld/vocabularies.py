@@ -41,8 +41,12 @@ def build_clip_tokenizer() -> CLIPTokenizer:
     pieces = [*letters, *(letter + _WORD_END for letter in letters)]
     pieces += ["".join(pair) for pair in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
+    # Pairs are right; the annotation of transformers knows lines of a merges file only.
     return CLIPTokenizer(
-        vocab=_numbered(pieces), merges=merges, model_max_length=CLIP_CONTEXT, padding_side="right"
+        vocab=_numbered(pieces),
+        merges=merges,  # type: ignore[arg-type]
+        model_max_length=CLIP_CONTEXT,
+        padding_side="right",
     )
 
 

@@ -300,7 +300,7 @@ def _mean_and_spread(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str,
 
 
 def _readable(row: Mapping[str, Any]) -> str:
-    name = row["measurement"].replace("heldout_", "").replace("miniworld_", "")
+    name = str(row["measurement"]).replace("heldout_", "").replace("miniworld_", "")
     prefix = "LLaVA: " if row["group"] == "llava" else ""
     return prefix + name.replace("/", ": ").replace("_", " ")
 

@@ -94,15 +94,15 @@ class GoldenFile:
         return _tensors(self.name)[name].clone()
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference in units of the largest expected number.
+def relative_error(found: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
+    """Return the largest difference in units of the largest expected number, at least `floor`.
 
-    An expected zero must be met by less than 1e-12.
+    An expected zero (without a floor) must be met by less than 1e-12.
     """
     assert found.shape == expected.shape, (found.shape, expected.shape)
     expected = expected.double()
     difference = (found.detach().double() - expected).abs().max()
-    scale = expected.abs().max()
+    scale = expected.abs().max().clamp_min(floor)
     if float(scale) == 0:
         return 0.0 if float(difference) < 1e-12 else float("inf")
     return float(difference / scale)

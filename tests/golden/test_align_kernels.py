@@ -10,7 +10,7 @@ from golden_files import prefixes, relative_error, tensors
 from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor, nn
 
-from kuea_mllm.kernels import CosineKernel, GaussianKernel, PolynomialKernel
+from kuea_mllm.kernels import CosineKernel, GaussianKernel, Kernel, PolynomialKernel
 from kuea_mllm.objectives import FeatureAlignmentObjective, KernelAlignmentObjective, kernel_gap
 
 FILE = "kernels.safetensors"
@@ -46,7 +46,7 @@ class Case:
     def __getitem__(self, name: str) -> Tensor:
         return self.inputs[name]
 
-    def student_kernel(self, kind: str) -> nn.Module:
+    def student_kernel(self, kind: str) -> Kernel:
         if kind == "poly":
             gamma, coef0 = (float(v) for v in self["poly_params"])
             return PolynomialKernel(gamma, coef0, trainable=True, dtype=self.dtype)
@@ -54,7 +54,7 @@ class Case:
             return GaussianKernel(float(self["gauss_sigmas"][0]), True, dtype=self.dtype)
         return CosineKernel()
 
-    def target_kernel(self, kind: str) -> nn.Module:
+    def target_kernel(self, kind: str) -> Kernel:
         if kind == "poly":
             return PolynomialKernel(1 / self["target"].shape[1], 1.0, dtype=self.dtype)
         if kind == "gauss":
@@ -128,6 +128,26 @@ def evaluate(case: Case) -> dict[str, Tensor]:
     return found | evaluate_feature(case)
 
 
+def cancellation_floors(case: Case) -> dict[str, float]:
+    """Return a tenth of each gradient's natural size, which is loss / variable.
+
+    Near a stationary point (two duplicates among few rows, say) the gradient is a small difference
+    of terms of that size, of which float32 cannot keep more digits, whatever the formula.
+    """
+    floors = {}
+    for pair in case.pairs():
+        loss = case.expected[f"{pair}.kernel_loss"]
+        student = case["student"].abs().max()
+        floors[f"{pair}.grad_student_kernel"] = 0.1 * float(loss / student)
+        floors[f"{pair}.grad_student_total"] = 0.1 * float(case.penalty * loss / student)
+        if f"{pair}.grad_params_total" in case.expected:
+            name = "poly_params" if pair.startswith("poly") else "gauss_sigmas"
+            floors[f"{pair}.grad_params_total"] = 0.1 * float(
+                case.penalty * loss / case[name].abs().min()
+            )
+    return floors
+
+
 def test_the_file_holds_cases() -> None:
     assert CASES
 
@@ -140,7 +160,10 @@ def test_every_reference_of_a_case_is_met(case: str, precision: str) -> None:
     found = evaluate(loaded)
     # Nothing stored may go unchecked: a set with a new quantity fails here.
     assert found.keys() == {k for k in loaded.expected if not k.startswith("fit.")}
-    errors = {key: relative_error(found[key], loaded.expected[key]) for key in found}
+    floors = dict.fromkeys(found, 0.0) | (
+        cancellation_floors(loaded) if precision == "float32" else {}
+    )
+    errors = {k: relative_error(found[k], loaded.expected[k], floor=floors[k]) for k in found}
     worst = {key: error for key, error in errors.items() if not error <= tolerance}
     assert not worst
     assert all(value.dtype == dtype for value in found.values())

@@ -235,7 +235,8 @@ def test_text_embedding_is_met(name: str, precision: str) -> None:
         bos_token_id=0,
         eos_token_id=2,
     )
-    model = CLIPTextModelWithProjection(config).to(dtype).eval()
+    model: Any = CLIPTextModelWithProjection(config)
+    model = model.to(dtype).eval()
     model.load_state_dict(convert.openai_text_to_hf(text))
     with torch.no_grad():
         found = model(input_ids=stored["tokens"]).text_embeds
@@ -266,7 +267,9 @@ def resize_cases() -> list[str]:
 def test_resized_tower_is_open_clips(case: str, precision: str) -> None:
     dtype, tolerance = PRECISIONS[precision]
     stored = {
-        k.removeprefix(f"{case}."): t for k, t in tensors(RESIZE).items() if k.startswith(case)
+        k.removeprefix(f"{case}."): t
+        for k, t in tensors(RESIZE).items()
+        if k.startswith(f"{case}.")
     }
     tower = load(checkpoint_of(RESIZE)[0], hyper_parameters(RESIZE), dtype)
     size = stored["pixel_values"].shape[-1]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kuea_mllm.diagnostics import embedding_drift, linear_cka, relative_token_drift
 
-
 # The first call of a kernel can take seconds on a busy machine.
 relaxed = settings(deadline=None)
 

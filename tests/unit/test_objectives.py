@@ -17,7 +17,6 @@ from kuea_mllm.objectives import (
     preservation_loss,
 )
 
-
 # The first call of a kernel can take seconds on a busy machine.
 relaxed = settings(deadline=None)
 

@@ -71,7 +71,7 @@ def pixels(side: int = 28) -> Tensor:
 def reference(model_class: Any, directory: Path, images: Tensor) -> Any:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     with torch.no_grad():
-        return model_class.from_pretrained(directory).eval()((images - mean) / std)
+        return model_class.from_pretrained(directory)((images - mean) / std)
 
 
 def test_cls_is_the_class_token_after_the_final_norm(directories: dict[str, Path]) -> None:
@@ -81,7 +81,7 @@ def test_cls_is_the_class_token_after_the_final_norm(directories: dict[str, Path
         torch.testing.assert_close(found, output.last_hidden_state[:, 0])
         torch.testing.assert_close(found, output.pooler_output)
     found = load_teacher(directories["clip"])(pixels())
-    bare = CLIPVisionModelWithProjection.from_pretrained(directories["clip"]).eval()
+    bare = CLIPVisionModelWithProjection.from_pretrained(directories["clip"])
     hidden = reference(CLIPVisionModelWithProjection, directories["clip"], pixels())
     expected = bare.vision_model.post_layernorm(hidden.last_hidden_state[:, 0])
     torch.testing.assert_close(found, expected.detach())
@@ -191,7 +191,7 @@ def test_model_without_class_token_cannot_be_read_as_cls(directories: dict[str, 
 
 
 def test_text_models_are_no_teachers(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     BertModel(BertConfig(**sizes, intermediate_size=16, vocab_size=10)).save_pretrained(tmp_path)
     with pytest.raises(TowerError, match="is no vision model: its model_type is 'bert'"):
         load_teacher(tmp_path)
@@ -233,4 +233,6 @@ def test_missing_weights_are_never_made_up(directories: dict[str, Path], tmp_pat
         load_teacher(tmp_path / "dinov2")
     with pytest.raises(TowerError, match=r"lacks weights: pooler\.dense\.bias"):
         load_teacher(tmp_path / "vit", readout="pooled")
-    assert load_teacher(tmp_path / "vit").width == 32
+    one, two = (load_teacher(tmp_path / "vit") for _ in range(2))
+    assert one.width == 32
+    assert one.fingerprint == two.fingerprint

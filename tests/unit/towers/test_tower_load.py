@@ -178,7 +178,7 @@ def test_hub_id_that_cannot_be_fetched_is_named(monkeypatch: pytest.MonkeyPatch)
         raise LocalEntryNotFoundError("cannot reach the Hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(TowerError, match="some/model is no existing path.*cannot reach the Hub"):
+    with pytest.raises(TowerError, match=r"some/model is no existing path.*cannot reach"):
         load_tower("some/model")
 
 
@@ -311,9 +311,10 @@ def test_vision_half_of_a_full_model_is_taken(tmp_path: Path, family: str) -> No
     if family == "clip":
         model = CLIPModel(
             CLIPConfig(text_config=TEXT, vision_config=vision_settings(), projection_dim=12)
-        ).eval()
+        )
     else:
-        model = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=vision_settings())).eval()
+        model = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=vision_settings()))
+    model.eval()
     model.save_pretrained(tmp_path)
     tower = load_tower(tmp_path)
     assert tower.spec.family == family

@@ -1,0 +1,86 @@
+"""Directories that are complete or absent."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from kuea_mllm.errors import EnvironmentFailure, OutputError, UserError
+from kuea_mllm.io import atomic_directory, read_json, require_free_output, write_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_directory_appears_only_when_the_block_is_done(tmp_path):
+    with atomic_directory(tmp_path / "out") as partial:
+        (partial / "file").write_text("content")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "file").read_text() == "content"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_any_way_out_removes_everything_that_was_created(tmp_path, error):
+    with pytest.raises(error), atomic_directory(tmp_path / "new" / "deep" / "out") as partial:
+        (partial / "file").write_text("content")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_parents_that_were_there_stay(tmp_path):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError), atomic_directory(tmp_path / "runs" / "out"):
+        raise ValueError
+    assert names(tmp_path) == ["runs"]
+
+
+def test_existing_output_is_refused_untouched(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"), atomic_directory(tmp_path / "out"):
+        pytest.fail("the block must not run")
+    assert names(tmp_path) == ["out"]
+
+
+def test_dangling_link_counts_as_existing(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError):
+        require_free_output(tmp_path / "out")
+
+
+def test_output_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="not writable"):
+        require_free_output(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("IoError: No space left on device (os error 28)"),
+    ],
+    ids=["OSError", "library error"],
+)
+def test_full_disk_is_named_whatever_raises_it(tmp_path, error):
+    with (
+        pytest.raises(EnvironmentFailure, match="no space left on device while writing"),
+        atomic_directory(tmp_path / "out"),
+    ):
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_json_is_strict_both_ways(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "nan.json", {"value": float("nan")})
+    write_json(tmp_path / "good.json", {"name": "Käthe"})
+    assert read_json(tmp_path / "good.json") == {"name": "Käthe"}
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json is not valid JSON"):
+        read_json(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="missing"):
+        read_json(tmp_path / "none.json")
+    assert json.loads((tmp_path / "good.json").read_text())
