@@ -28,19 +28,23 @@ app = typer.Typer(
     "that changed.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    # Plain help: panels would load rich, half of the time that `--help` takes.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("quickstart", rich_help_panel="Start here")(quickstart.quickstart)
-app.command("doctor", rich_help_panel="Start here")(doctor.doctor)
-app.command("align", rich_help_panel="Work")(align.align)
-app.command("swap", rich_help_panel="Work")(swap.swap)
-app.command("eval", rich_help_panel="Work")(evaluate.evaluate)
-app.command("compare", rich_help_panel="Work")(compare.compare)
-app.command("convert", rich_help_panel="Helpers")(convert.convert)
-app.add_typer(recipes.app, name="recipes", rich_help_panel="Helpers")
-app.add_typer(world.app, name="world", rich_help_panel="Helpers")
+for name, function, summary in (
+    ("quickstart", quickstart.quickstart, "See the whole method on a tiny world, in minutes."),
+    ("doctor", doctor.doctor, "Check this installation, or a folder of images."),
+    ("align", align.align, "Align a CLIP tower with a vision teacher."),
+    ("swap", swap.swap, "Put an aligned tower into a multimodal LLM."),
+    ("eval", evaluate.evaluate, "Score a multimodal LLM with lmms-eval."),
+    ("compare", compare.compare, "Compare two evaluations, question by question."),
+    ("convert", convert.convert, "Convert a tower between file formats."),
+):
+    app.command(name, short_help=summary)(function)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(world.app, name="world", short_help="Build and study the mini world.")
 
 
 def _print_version(asked: bool) -> None:

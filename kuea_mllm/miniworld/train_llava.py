@@ -34,6 +34,7 @@ _CELLS = GRID * GRID
 # Half of the training: afterwards the answers alone decide what the projector keeps.
 _NAMING_WEIGHT = 1.0
 _HINT_WEIGHT = 0.5
+_ALIGNMENT = Schedule(steps=600, lr=3e-3, weight_decay=0.0)
 
 
 def train_llava(
@@ -73,8 +74,9 @@ def train_llava(
         llava.model.vision_tower.requires_grad_(False)
         features = compute_features(llava, images)
         hint_head = nn.Linear(DECODER_WIDTH, len(tokenizer))
-        _tie_queries_to_keys(llava)
         llava.train()
+        _align_projector(llava, features, named, generator, progress=progress)
+        _prepare_decoder(llava)
 
         def compute_loss(step: int) -> Tensor:
             rows = torch.randint(pictures, (BATCH,), generator=generator)
@@ -140,15 +142,37 @@ def decode_packed(
     return hidden
 
 
-def _tie_queries_to_keys(llava: LlavaForConditionalGeneration) -> None:
-    """Let attention begin by looking for likeness, as in mimetic initialisation.
+def _align_projector(
+    llava: LlavaForConditionalGeneration,
+    features: Tensor,
+    named: Tensor,
+    generator: torch.Generator,
+    *,
+    progress: bool,
+) -> None:
+    """Train the projector and the word embeddings on the naming loss alone."""
+    projector, table = llava.model.multi_modal_projector, llava.get_input_embeddings()
 
-    A question has to find the image token that is like one of its words. From random weights that
-    takes longer to appear than everything else together (Trockman and Kolter, 2023).
+    def compute_loss(step: int) -> Tensor:
+        rows = torch.randint(len(features), (256,), generator=generator)
+        return _naming_loss(llava, projector(features[rows]), named[rows])
+
+    optimise([projector, table], compute_loss, _ALIGNMENT, label="projector", progress=progress)
+
+
+def _prepare_decoder(llava: LlavaForConditionalGeneration) -> None:
+    """Let attention begin by looking for likeness and copying what it finds.
+
+    A question has to find the image token that is like one of its words, and repeat the other word
+    that this token is like. From random weights that circuit takes longer to appear than everything
+    else together; see mimetic initialisation (Trockman and Kolter, 2023).
     """
     with torch.no_grad():
         for layer in llava.model.language_model.layers:
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+            attention = layer.self_attn
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+        llava.lm_head.weight.copy_(llava.get_input_embeddings().weight)
 
 
 def _hint_loss(hint_head: nn.Linear, hidden: Tensor, batch: PackedBatch) -> Tensor:
