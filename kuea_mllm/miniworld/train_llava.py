@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PICTURES = 16_000
 BATCH = 32
 QUESTIONS = 8
-SCHEDULE = Schedule(steps=1500, lr=2e-3, weight_decay=0.02)
+SCHEDULE = Schedule(steps=3000, lr=2e-3, weight_decay=0.02)
 _CELLS = GRID * GRID
 # Half of the training: afterwards the answers alone decide what the projector keeps.
 _NAMING_WEIGHT = 1.0
