@@ -36,8 +36,8 @@ def build_world(
     """Train the three models and write them as plain Hugging Face directories.
 
     Writes `clip/`, `teacher/`, `llava/` and `world.json` (seed, versions, minutes, and scores on
-    test scans). Takes about ten minutes on one CPU core; the same seed and library versions give
-    the same world.
+    test scans). Takes 10 to 22 minutes on one CPU core, by how busy the machine is; the same seed
+    and library versions give the same world.
 
     Args:
         out: Directory to create; must not exist.
@@ -176,6 +176,9 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
     # The name a model was loaded from would end in its configuration.
     model.config._name_or_path = ""
     model.save_pretrained(folder)
+    # safetensors makes files for their owner alone, and an installed package is read by others.
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
 
 
 def _rounded(content: Any) -> Any:

@@ -96,7 +96,7 @@ def test_bad_option_ends_in_one_clear_line(kuea, align_arguments, tmp_path, name
     options, *expected = BAD_OPTIONS[name]
     answer = kuea(*align_arguments, *options)
     assert answer.code == 2
-    assert answer.err.startswith("error: ")
+    assert answer.err.count("error: ") == 1
     assert "Traceback" not in answer.err
     for text in expected:
         assert text in answer.err

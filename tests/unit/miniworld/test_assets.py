@@ -19,13 +19,18 @@ from transformers import (
 )
 
 from kuea_mllm.io import read_json
-from kuea_mllm.miniworld import ASSETS
+from kuea_mllm.miniworld import ASSETS, encoder_eval
 from kuea_mllm.miniworld.build import load_teacher_tower
 from kuea_mllm.miniworld.encoder_eval import evaluate_probes, score_encoder
 from kuea_mllm.miniworld.llava_eval import score_llava
 from kuea_mllm.miniworld.models import CLIP_MEAN
 from kuea_mllm.miniworld.prompts import conversation
 from kuea_mllm.miniworld.vocabularies import build_clip_tokenizer, build_llava_tokenizer
+
+
+@pytest.fixture
+def few_probe_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_eval, "_PROBE_TRAIN", 600)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,7 @@ def test_llava_answers_better_than_chance(llava: LlavaForConditionalGeneration) 
     assert scores["miniworld_refcoco"] > 60
 
 
+@pytest.mark.usefixtures("few_probe_pictures")
 def test_encoder_scores_are_repeatable_and_kept_per_picture(clip: CLIPModel) -> None:
     vision = CLIPVisionModelWithProjection.from_pretrained(ASSETS / "clip").eval()
     first = score_encoder(vision, ASSETS / "clip", split="validation", per_set=100)
@@ -137,6 +143,7 @@ def test_encoder_scores_are_repeatable_and_kept_per_picture(clip: CLIPModel) -> 
         assert 100 * samples.mean() == pytest.approx(first.metrics[name], abs=1e-3)
 
 
+@pytest.mark.usefixtures("few_probe_pictures")
 def test_teacher_sees_more_than_the_clip() -> None:
     teacher = evaluate_probes(load_teacher_tower(ASSETS / "teacher"), per_set=200)
     vision = CLIPVisionModelWithProjection.from_pretrained(ASSETS / "clip").eval()

@@ -125,7 +125,10 @@ def test_teacher_training_returns_a_backbone() -> None:
     assert teacher(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == (1, 19, 96)
 
 
-def test_llava_training_leaves_the_tower_alone(clip: CLIPModel, tokenizer: LlamaTokenizer) -> None:
+def test_llava_training_leaves_the_tower_alone(
+    clip: CLIPModel, tokenizer: LlamaTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_llava, "_ALIGNMENT", SHORT)
     llava = train_llava.train_llava(
         clip, tokenizer, seed=0, pictures=40, schedule=replace(SHORT, steps=3), progress=False
     )
