@@ -20,8 +20,8 @@ class AdapterManifest:
     """What an adapter package offers for discovery; light enough to be listed.
 
     Attributes:
-        name: Short name, the one given to `--adapter`.
-        summary: One line for `kuea-mllm adapters`.
+        name: Short name, the one given to `--mllm`.
+        summary: One line for listings, e.g. of `kuea-mllm doctor`.
         factory: "module:Class" of the adapter, imported only by `load`.
     """
 

@@ -10,8 +10,8 @@ def choose_device(wish: str) -> str:
     """Return a device that exists.
 
     Args:
-        wish: auto, cpu, cuda or mps. auto takes the first of cuda, mps, cpu that exists and says
-            so.
+        wish: auto, cpu, cuda, cuda:<index> or mps. auto takes the first of cuda, mps, cpu that
+            exists and says so.
 
     Raises:
         UserError: If the wished device does not exist.
@@ -27,9 +27,10 @@ def choose_device(wish: str) -> str:
         device = next(name for name, exists in available.items() if exists)
         LOGGER.info("device %s (the first of cuda, mps, cpu that exists here)", device)
         return device
-    if wish not in available:
+    kind, _, index = wish.partition(":")
+    if kind not in available:
         raise UserError(f"device '{wish}' is not one of auto, {', '.join(available)}.")
-    if not available[wish]:
+    if not available[kind] or (index and int(index) >= torch.cuda.device_count()):
         raise UserError(
             f"device '{wish}' was asked for, but torch finds none.",
             "Choose --device cpu, or check the driver with `kuea-mllm doctor`.",

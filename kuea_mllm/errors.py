@@ -46,7 +46,11 @@ class OutputError(UserError):
 
 
 class DataError(UserError):
-    """Images or data sets are missing, empty or unreadable."""
+    """Images or data sets are missing or empty."""
+
+
+class UnreadableImage(EnvironmentFailure):
+    """An image file is damaged, cut short or of an unknown format."""
 
 
 class TowerError(UserError):

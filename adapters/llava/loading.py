@@ -39,7 +39,9 @@ def load_model_and_tokenizer(model_dir: Path, *, dtype: str, device: str) -> tup
     torch_dtype, torch_device = _resolve_dtype(dtype), resolve_device(device)
     with _failures_named(model_dir, torch_device):
         # The quick part first: an unreadable tokenizer is then found in a second.
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
         return _load_model(model_dir, torch_dtype, torch_device), tokenizer
 
 
@@ -76,21 +78,28 @@ def _resolve_dtype(name: str) -> torch.dtype:
 def _failures_named(model_dir: Path, device: torch.device) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentFailure(
-            f"out of memory on {device} while loading {model_dir}.",
-            "Choose a smaller dtype or a larger device.",
-        ) from error
     except KueaError:
         raise
     # transformers and tokenizers raise anything here, bare `Exception` included.
     except Exception as error:
+        if _is_out_of_memory(error):
+            raise EnvironmentFailure(
+                f"out of memory on {device} while loading {model_dir}.",
+                "Choose a smaller dtype or a larger device.",
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
         raise UserError(
             f"{model_dir} cannot be loaded ({reason}).",
             "Restore the directory from its source; --debug shows the whole message.",
         ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
 
 
 def _load_model(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -86,7 +86,12 @@ class StopWhenDiverged(TrainerCallback):
                     f"{name} is {value} at step {state.global_step}.",
                     "Lower optim.lr or objective.kernel_weight, or use runtime.precision=fp32.",
                 )
-        self._check_kernel()
+        try:
+            self._check_kernel()
+        except TrainingDiverged as error:
+            raise TrainingDiverged(
+                f"at step {state.global_step} {error.problem}", error.remedy
+            ) from error
 
 
 class AlignmentProgress(TrainerCallback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,35 +20,20 @@ from kuea_mllm.alignment.callbacks import (
     StopWhenDiverged,
 )
 from kuea_mllm.alignment.heldout import HeldOut
+from kuea_mllm.alignment.inputs import AlignmentInputs, open_inputs
 from kuea_mllm.alignment.targets import LiveTargets
 from kuea_mllm.alignment.trainer import AlignmentModel, AlignmentTrainer
 from kuea_mllm.config.align import AlignRecipe, KernelConfig, PolynomialKernelConfig
 from kuea_mllm.config.recipes import recipe_to_yaml
-from kuea_mllm.data.images import ImageFolder, require_image_folder
-from kuea_mllm.data.transforms import ImageTransform
-from kuea_mllm.devices import choose_device
-from kuea_mllm.errors import DataError, RecipeError
+from kuea_mllm.data.images import as_raised_in_worker
+from kuea_mllm.errors import TrainingDiverged, UnreadableImage
 from kuea_mllm.io import atomic_directory, require_free_output, write_json
 from kuea_mllm.kernels import CosineKernel, GaussianKernel, Kernel, PolynomialKernel
 from kuea_mllm.log import LOGGER, log_file
 from kuea_mllm.manifest import SCHEMA_VERSION, current_command, library_versions, utc_now
 from kuea_mllm.objectives import KernelAlignmentObjective
-from kuea_mllm.teachers import Teacher, load_teacher
 from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.load import Tower, load_tower
 from kuea_mllm.towers.save import save_tower
-
-
-@dataclass(frozen=True)
-class AlignmentInputs:
-    """Everything a run reads, opened and checked before anything is written."""
-
-    recipe: AlignRecipe  # resolved: device, steps and kernel constants written out
-    student: Tower
-    base_fingerprint: str  # taken now, since training changes the tower in place
-    teacher: Teacher
-    images: ImageFolder
-    heldout: ImageFolder
 
 
 @dataclass(frozen=True)
@@ -64,47 +49,6 @@ class AlignmentResult:
     def tower(self) -> Path:
         """The aligned tower."""
         return self.directory / "tower"
-
-
-def open_inputs(recipe: AlignRecipe) -> AlignmentInputs:
-    """Open student, teacher and images and settle what the recipe leaves to them.
-
-    Raises:
-        UserError: If an input is missing, unreadable or of the wrong kind.
-    """
-    recipe = recipe.resolved()
-    device = choose_device(recipe.runtime.device)
-    student_source = _required(recipe.student.model, "student.model", "--student")
-    teacher_source = _required(recipe.teacher.model, "teacher.model", "--teacher")
-    image_folder = _required(recipe.data.images, "data.images", "--images")
-    # Folders first: they fail in milliseconds, towers take longer to open.
-    for folder in filter(None, (image_folder, recipe.data.heldout)):
-        require_image_folder(folder)
-    student = load_tower(
-        student_source,
-        activation=recipe.student.activation,
-        heads=recipe.student.heads,
-        revision=recipe.student.revision,
-    )
-    transform = ImageTransform.from_spec(student.spec)
-    images = ImageFolder(image_folder, transform)
-    heldout = ImageFolder(recipe.data.heldout, transform) if recipe.data.heldout else images
-    teacher = load_teacher(
-        teacher_source,
-        readout=recipe.teacher.readout,
-        normalisation=recipe.teacher.normalisation or "own",
-        student_mean=student.spec.mean,
-        student_std=student.spec.std,
-        image_size=recipe.teacher.image_size,
-        revision=recipe.teacher.revision,
-    )
-    recipe = _settle(
-        recipe, device=device, image_count=len(images), student=student, teacher=teacher
-    )
-    # A file that cannot be decoded at all should end the run now, not after the first epoch.
-    images[0]
-    heldout[len(heldout) - 1]
-    return AlignmentInputs(recipe, student, student.fingerprint, teacher, images, heldout)
 
 
 def run_alignment(
@@ -130,10 +74,30 @@ def run_alignment(
     inputs = open_inputs(recipe)
     with atomic_directory(out) as partial, log_file(partial / "run.log"):
         (partial / "run.yaml").write_text(recipe_to_yaml(inputs.recipe), encoding="utf-8")
-        before, after, seconds = _train(inputs, partial, progress=progress)
+        try:
+            before, after, seconds = _train(inputs, partial, progress=progress)
+        except UnreadableImage as error:
+            raise as_raised_in_worker(error) from None
+        except TrainingDiverged as error:
+            kept = _keep_evidence(partial, out)
+            raise TrainingDiverged(
+                error.problem, f"{error.remedy} Log, recipe and metrics are kept in {kept}."
+            ) from error
         if finish is not None:
             finish(partial)
     return AlignmentResult(directory=out, before=before, after=after, seconds=seconds)
+
+
+def _keep_evidence(partial: Path, out: Path) -> Path:
+    """Save what shows why a run diverged, under a name that no one takes for a result."""
+    number, kept = 1, out.with_name(f"{out.name}.diverged")
+    while kept.exists():
+        number += 1
+        kept = out.with_name(f"{out.name}.diverged-{number}")
+    kept.mkdir()
+    for name in ("run.yaml", "run.log", "metrics.jsonl"):
+        shutil.copy(partial / name, kept / name)
+    return kept
 
 
 def build_kernel(config: KernelConfig, width: int) -> Kernel:
@@ -146,12 +110,6 @@ def build_kernel(config: KernelConfig, width: int) -> Kernel:
     if config.type == "gaussian":
         return GaussianKernel(config.sigma, trainable=bool(config.trainable))
     return CosineKernel()
-
-
-def _required(value: str | None, key: str, flag: str) -> str:
-    if value is None:
-        raise RecipeError(f"key '{key}' is not set.", f"Pass {flag} or set it in the recipe.")
-    return value
 
 
 def _train(
@@ -185,7 +143,7 @@ def _train(
     trainer = AlignmentTrainer(
         model,
         targets,
-        inputs.images,
+        inputs.training,
         optim=recipe.optim,
         runtime=recipe.runtime,
         output_dir=directory / "trainer",
@@ -216,60 +174,12 @@ def _train(
         kernel={"initial": initial_kernel, "final": objective.student_kernel.constants()},
         measured={"before": measure.first, "after": measure.last, "images": heldout.count},
     )
-    student.to("cpu")
     save_tower(inputs.student, directory / "tower", manifest=manifest)
     write_json(
         directory / "kernel_matrices.json",
         {name: matrix.cpu().tolist() for name, matrix in heldout.kernel_matrices().items()},
     )
     return measure.first, measure.last, seconds
-
-
-def _settle(
-    recipe: AlignRecipe, *, device: str, image_count: int, student: Tower, teacher: Teacher
-) -> AlignRecipe:
-    """Write out what follows from the inputs: device, number of steps, kernel constants."""
-    optim = recipe.optim
-    if image_count < optim.batch_size:
-        raise DataError(
-            f"image folder {recipe.data.images} holds {image_count} images, "
-            f"fewer than one batch of {optim.batch_size}.",
-            "Add images or lower optim.batch_size.",
-        )
-    if optim.steps is None:
-        per_epoch = image_count // optim.batch_size
-        steps = max(1, math.floor(per_epoch * (optim.epochs or 0)))
-        LOGGER.info("%s epochs of %d images are %d steps", optim.epochs, image_count, steps)
-        if optim.warmup_steps >= steps:
-            raise RecipeError(
-                f"optim.warmup_steps ({optim.warmup_steps}) is not smaller than the {steps} steps "
-                f"that {optim.epochs} epochs of {image_count} images give."
-            )
-        optim = optim.model_copy(update={"steps": steps, "epochs": None})
-    objective = recipe.objective.model_copy(
-        update={
-            "student_kernel": _with_gamma(
-                recipe.objective.student_kernel, student.spec.embedding_width
-            ),
-            "teacher_kernel": _with_gamma(recipe.objective.teacher_kernel, teacher.width),
-        }
-    )
-    teacher_config = recipe.teacher.model_copy(update={"image_size": teacher.image_size})
-    runtime = recipe.runtime.model_copy(update={"device": device})
-    return recipe.model_copy(
-        update={
-            "optim": optim,
-            "objective": objective,
-            "teacher": teacher_config,
-            "runtime": runtime,
-        }
-    )
-
-
-def _with_gamma(kernel: KernelConfig, width: int) -> KernelConfig:
-    if isinstance(kernel, PolynomialKernelConfig) and kernel.gamma is None:
-        return kernel.model_copy(update={"gamma": 1.0 / width})
-    return kernel
 
 
 def _manifest(
@@ -281,6 +191,7 @@ def _manifest(
         "kind": "tower",
         "base_tower": {
             "reference": str(recipe.student.model),
+            "revision": recipe.student.revision,
             "layout": student.layout,
             "fingerprint": inputs.base_fingerprint,
         },
@@ -295,7 +206,13 @@ def _manifest(
         "kernel": kernel,
         "compat": recipe.compat,
         "optim": recipe.optim.model_dump(mode="json"),
-        "data": {"images": len(inputs.images), "listing": inputs.images.fingerprint()},
+        "runtime": recipe.runtime.model_dump(mode="json"),
+        "data": {
+            "images": len(inputs.images),
+            "trained_on": len(inputs.training),
+            "listing": inputs.listing,
+            "heldout": recipe.data.heldout or "taken out of the training folder",
+        },
         "heldout": measured,
         "versions": library_versions(),
         "command": current_command(),

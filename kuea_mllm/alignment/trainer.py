@@ -158,8 +158,10 @@ class AlignmentTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the total loss of a batch and remember its terms."""
-        targets: Targets = self.targets(inputs["pixels"], inputs["index"])
-        with self.compute_loss_context_manager():
+        # One precision for all three towers: a student in bf16 against an original in fp32 would
+        # make the preservation term pull at rounding noise.
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            targets: Targets = self.targets(inputs["pixels"], inputs["index"])
             loss: LossTerms = model(
                 pixels=inputs["pixels"], teacher=targets.teacher, original=targets.original
             )

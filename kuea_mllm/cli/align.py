@@ -61,10 +61,10 @@ def align(
         "runtime.seed": seed,
         "runtime.device": device,
     }
-    settings = [f"{key}={value}" for key, value in shorthands.items() if value is not None]
+    settings: dict[str, object] = {k: v for k, v in shorthands.items() if v is not None}
     if steps is not None:
-        settings.append("optim.epochs=null")
-    loaded = load_recipe(recipe, AlignRecipe, overrides=[*settings, *(overrides or [])])
+        settings["optim.epochs"] = None
+    loaded = load_recipe(recipe, AlignRecipe, settings=settings, overrides=overrides or [])
     if dry_run:
         _print_plan(loaded, json_output)
         return
@@ -90,12 +90,14 @@ def align(
 
 
 def _print_plan(recipe: AlignRecipe, json_output: bool) -> None:
-    from kuea_mllm.alignment.run import open_inputs
+    from kuea_mllm.alignment.inputs import open_inputs
     from kuea_mllm.config.recipes import recipe_to_yaml
 
     inputs = open_inputs(recipe)
     if json_output:
-        print_json({"recipe": inputs.recipe.model_dump(mode="json"), "images": len(inputs.images)})
+        print_json(
+            {"recipe": inputs.recipe.model_dump(mode="json"), "images": len(inputs.training)}
+        )
         return
     typer.echo(recipe_to_yaml(inputs.recipe), nl=False)
-    typer.secho(f"# {len(inputs.images)} images; nothing was run (--dry-run).", dim=True)
+    typer.secho(f"# {len(inputs.training)} training images; nothing was run (--dry-run).", dim=True)

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -47,16 +48,14 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt:
-            fail("interrupted; nothing half-written was left behind.")
+            fail("interrupted.")
             raise typer.Exit(INTERRUPTED) from None
-        except KueaError as error:
-            if debug:
-                raise
-            fail(str(error))
-            raise typer.Exit(error.exit_code) from None
         except Exception as error:
             if debug:
-                raise
+                traceback.print_exc()
+            if isinstance(error, KueaError):
+                fail(str(error))
+                raise typer.Exit(error.exit_code) from None
             fail(_unexpected(error))
             raise typer.Exit(1) from None
 

@@ -37,34 +37,46 @@ def evaluate(
     Writes OUT/summary.json, OUT/samples/*.jsonl and lmms-eval's own files in OUT/lmms.
     """
     from kuea_mllm.config.evaluate import EvalRecipe
-    from kuea_mllm.config.recipes import apply_overrides, load_recipe, recipe_to_yaml
+    from kuea_mllm.config.recipes import (
+        apply_overrides,
+        apply_settings,
+        load_recipe,
+        recipe_to_yaml,
+    )
     from kuea_mllm.errors import RecipeError
 
     shorthands = {"batch_size": batch_size, "limit": limit, "dtype": dtype, "device": device}
-    settings = [f"{key}={value}" for key, value in shorthands.items() if value is not None]
+    settings: dict[str, object] = {k: v for k, v in shorthands.items() if v is not None}
     if tasks is not None:
-        settings.append(f"tasks=[{', '.join(repr(name) for name in tasks.split(',') if name)}]")
-    settings += overrides or []
+        settings["tasks"] = [name.strip() for name in tasks.split(",") if name.strip()]
     if recipe is not None:
-        loaded = load_recipe(recipe, EvalRecipe, overrides=settings)
+        loaded = load_recipe(recipe, EvalRecipe, settings=settings, overrides=overrides or [])
     elif tasks is not None:
-        content = apply_overrides({"kind": "eval"}, settings)
+        content = apply_settings({"kind": "eval"}, settings)
+        content = apply_overrides(content, overrides or [])
         loaded = EvalRecipe.parse(content, origin="of the command line")
     else:
         raise RecipeError("nothing to evaluate on.", "Pass --tasks or --recipe.")
+
+    from kuea_mllm.devices import choose_device
+    from kuea_mllm.evaluation.opening import choose_adapter
+    from kuea_mllm.evaluation.tasks import resolve_tasks
+    from kuea_mllm.io import require_free_output
+
+    require_free_output(out)
+    device = choose_device(loaded.device)
     if dry_run:
+        choose_adapter(model, mllm).check_base(model)
+        resolve_tasks(loaded.tasks)
         if json_output:
             print_json(loaded.model_dump(mode="json"))
         else:
             typer.echo(recipe_to_yaml(loaded), nl=False)
         return
 
-    from kuea_mllm.devices import choose_device
     from kuea_mllm.evaluation.runner import evaluate as run_evaluation
-    from kuea_mllm.io import require_free_output
     from kuea_mllm.manifest import current_command
 
-    require_free_output(out)
     summary = run_evaluation(
         model,
         loaded.tasks,
@@ -73,7 +85,7 @@ def evaluate(
         batch_size=loaded.batch_size,
         limit=loaded.limit,
         dtype=loaded.dtype,
-        device=choose_device(loaded.device),
+        device=device,
         seed=loaded.seed,
         max_failures=loaded.max_failures,
         command=current_command(),

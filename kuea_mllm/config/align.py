@@ -13,7 +13,9 @@ from pydantic import (
     model_validator,
 )
 
-from kuea_mllm.config.base import Recipe, StrictModel
+from kuea_mllm.config.base import Device, Recipe, StrictModel
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PolynomialKernelConfig(StrictModel):
@@ -89,7 +91,8 @@ class DataConfig(StrictModel):
 
     images: str | None = Field(default=None, description="Folder searched recursively for images.")
     heldout: str | None = Field(
-        default=None, description="Folder of images never trained on, for the kernel gap."
+        default=None,
+        description="Folder of images to measure on; null takes some out of `images`.",
     )
     heldout_count: PositiveInt = Field(
         default=256, description="How many held-out images the gap is measured on."
@@ -126,7 +129,7 @@ class OptimConfig(StrictModel):
     weight_decay: NonNegativeFloat = Field(
         default=1e-4, description="Applied to every tower parameter, norms and biases included."
     )
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     batch_size: Annotated[int, Field(ge=2)] = Field(
         default=64, description="Images in one kernel matrix; the loss is over pairs."
@@ -158,7 +161,7 @@ class RuntimeConfig(StrictModel):
     """Where and how the run is carried out."""
 
     seed: NonNegativeInt = 0
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="bf16 = autocast; weights, kernels and losses stay fp32."
     )

@@ -5,17 +5,36 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from kuea_mllm.errors import RecipeError
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 
 class StrictModel(BaseModel):
     """A schema that refuses unknown keys and cannot be changed after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, content: Any) -> Any:
+        for name, value in content.items() if isinstance(content, dict) else ():
+            field = cls.model_fields.get(name)
+            if field is not None and isinstance(value, bool):
+                annotation = field.annotation
+                if bool not in (annotation, *typing.get_args(annotation)):
+                    raise ValueError(f"{name} takes neither true nor false")
+        return content
 
 
 class Recipe(StrictModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from kuea_mllm.config.base import Recipe
+from kuea_mllm.config.base import Device, Recipe
 
 
 class EvalRecipe(Recipe):
@@ -23,7 +23,7 @@ class EvalRecipe(Recipe):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto = bfloat16 on CUDA, float32 elsewhere."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     seed: NonNegativeInt = 0
     max_failures: NonNegativeInt = Field(
         default=0, description="Questions that may stay unanswered before the command fails."

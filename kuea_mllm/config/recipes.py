@@ -22,7 +22,7 @@ RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 1e-5 as a number."""
+    """Safe YAML that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -103,46 +103,66 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply `a.b=value` overrides; values are read as YAML.
+def apply_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Set keys by their dotted path, values as they are.
 
     Raises:
-        RecipeError: If an override has no `=` or its path runs through a plain value.
+        RecipeError: If a path runs through a plain value.
     """
     result: dict[str, Any] = _deep_copy(content)
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals or not path.strip():
-            raise RecipeError(f"override '{override}' must look like key.path=value.")
-        *parents, last = path.strip().split(".")
-        try:
-            value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
-        except yaml.YAMLError:
-            raise RecipeError(f"override '{override}': the value is not valid YAML.") from None
+    for path, value in settings.items():
+        *parents, last = path.split(".")
         node = result
         for parent in parents:
             below = node.setdefault(parent, {})
             if not isinstance(below, dict):
-                raise RecipeError(f"override '{override}': '{parent}' holds a value, no keys.")
+                raise RecipeError(f"cannot set '{path}': '{parent}' holds a value, no keys.")
             node = below
         node[last] = value
     return result
 
 
-def load_recipe(reference: str, schema: type[RecipeT], *, overrides: Sequence[str] = ()) -> RecipeT:
+def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b=value` overrides as typed by a person; values are read as YAML.
+
+    Raises:
+        RecipeError: If an override has no `=` or its path runs through a plain value.
+    """
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path.strip():
+            raise RecipeError(f"override '{override}' must look like key.path=value.")
+        try:
+            settings[path.strip()] = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+        except yaml.YAMLError:
+            raise RecipeError(f"override '{override}': the value is not valid YAML.") from None
+    return apply_settings(content, settings)
+
+
+def load_recipe(
+    reference: str,
+    schema: type[RecipeT],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> RecipeT:
     """Load, override and validate a recipe of one kind.
 
     Args:
         reference: Shipped name or path of a YAML file.
         schema: `AlignRecipe` or `EvalRecipe`.
-        overrides: `key.path=value` texts, later ones win.
+        settings: Values by dotted path, taken as they are.
+        overrides: `key.path=value` texts, values read as YAML; they win over `settings`, later
+            ones over earlier ones.
 
     Raises:
         RecipeError: If anything about it is wrong; names the key.
     """
     kind = next(name for name, known in SCHEMAS.items() if known is schema)
     recipe = find_recipe(reference, kind)
-    content = apply_overrides(read_yaml(recipe.path), overrides)
+    content = apply_settings(read_yaml(recipe.path), settings or {})
+    content = apply_overrides(content, overrides)
     found = content.get("kind")
     if found in SCHEMAS and found != kind:
         raise RecipeError(f"recipe {recipe.name} is of kind '{found}', a '{kind}' is needed here.")

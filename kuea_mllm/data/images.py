@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TypedDict
 
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kuea_mllm.errors import DataError
+from kuea_mllm.errors import DataError, UnreadableImage
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -31,11 +32,11 @@ class ImageFolder(Dataset[ImageItem]):
     """All images below a folder, in sorted order; sub-folders (classes) carry no meaning.
 
     Args:
-        folder: Searched recursively; symbolic links to folders are not followed.
+        folder: Searched recursively; symbolic links are followed.
         transform: Picture to float tensor in [0, 1], (3, size, size).
 
     Raises:
-        DataError: If the folder is missing or holds no image.
+        DataError: If the folder is missing, holds no image, or a part of it cannot be listed.
     """
 
     def __init__(self, folder: str | Path, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -86,7 +87,7 @@ def read_image(path: Path) -> Image.Image:
     """Decode an image completely.
 
     Raises:
-        DataError: If the file is missing, truncated or not an image; names it.
+        UnreadableImage: If the file is missing, truncated or not an image; names it.
     """
     try:
         with Image.open(path) as image:
@@ -94,23 +95,36 @@ def read_image(path: Path) -> Image.Image:
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(
+        raise UnreadableImage(
             f"image {path} cannot be read: {reason}.",
             "Replace or remove it; `kuea-mllm doctor --images FOLDER` lists all such files.",
         ) from error
 
 
+def as_raised_in_worker(error: UnreadableImage) -> UnreadableImage:
+    """Return the error without the traceback text that a DataLoader worker wraps around it."""
+    if "Original Traceback" not in error.problem:
+        return error
+    # The last line of the traceback is "module.UnreadableImage: problem", then the remedy.
+    problem, _, remedy = error.problem.rpartition("UnreadableImage: ")[2].partition("\n  ")
+    return UnreadableImage(problem.strip(), remedy.strip())
+
+
 def find_unreadable(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Decode every image below a folder; yield each path with its problem, or None."""
+    """Decode every image below a folder on all cores; yield each path with its problem, or None."""
     listing = ImageFolder(folder, transform=_no_transform)
-    for index in range(len(listing)):
+
+    def check(index: int) -> tuple[Path, str | None]:
         path = listing.path(index)
         try:
             read_image(path)
-        except DataError as error:
-            yield path, error.problem
-        else:
-            yield path, None
+        except UnreadableImage as error:
+            return path, error.problem
+        return path, None
+
+    # Threads are enough: Pillow decodes without holding the interpreter lock.
+    with ThreadPool() as pool:
+        yield from pool.imap(check, range(len(listing)), chunksize=16)
 
 
 def _no_transform(image: Image.Image) -> Tensor:  # pragma: no cover - listings are not read
@@ -118,9 +132,23 @@ def _no_transform(image: Image.Image) -> Tensor:  # pragma: no cover - listings 
 
 
 def _image_names(folder: Path) -> Iterator[str]:
-    for directory, _, files in os.walk(folder):
+    visited = set()
+    # Links are followed: class folders of a data set are often links to another disk.
+    for directory, subfolders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        real = os.path.realpath(directory)
+        if real in visited:  # a link that leads back
+            subfolders.clear()
+            continue
+        visited.add(real)
         relative = os.path.relpath(directory, folder)
         for name in files:
             # Plain strings: a Path for each of a million files would take ten times as long.
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
                 yield name if relative == "." else f"{relative}{os.sep}{name}"
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(
+        f"folder {error.filename} cannot be listed: {error.strerror}.",
+        "Make it readable, or take it out of the image folder.",
+    )

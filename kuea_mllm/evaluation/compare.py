@@ -199,13 +199,13 @@ def _warnings(first: Results, second: Results, columns: Sequence[ColumnCompariso
         found.append("Both runs used the same vision tower.")
     if before["model"]["adapter"] != after["model"]["adapter"]:
         found.append("The runs used different adapters, so prompts and preprocessing may differ.")
-    for key in ("dtype", "seed"):
+    for key in ("dtype", "device", "seed"):
         if before["settings"][key] != after["settings"][key]:
             found.append(
                 f"The runs differ in {key} ({before['settings'][key]} and "
                 f"{after['settings'][key]}), which changes answers by itself."
             )
-    for library in ("transformers", "torch"):
+    for library in ("transformers", "torch", "lmms-eval", "pillow"):
         versions = [summary["versions"].get(library) for summary in (before, after)]
         if versions[0] != versions[1]:
             found.append(f"The runs used {library} {versions[0]} and {versions[1]}.")

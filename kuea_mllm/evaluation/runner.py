@@ -171,8 +171,8 @@ def _require_few_failures(columns: Mapping[str, Column], allowed: int, out: Path
     raise EnvironmentFailure(
         f"{len(failed)} questions got no answer (allowed: {allowed}), the first one is document "
         f"{first.doc_id} of {name}: {first.error or 'no answer'}.",
-        f"The results in {out} are complete and mark them as failed; raise --max-failures if "
-        "that many are acceptable.",
+        f"The results in {out} are complete and mark them as failed; pass --set max_failures="
+        f"{len(failed)} if that many are acceptable.",
     )
 
 

@@ -15,8 +15,11 @@ from urllib.parse import quote, unquote
 if TYPE_CHECKING:
     from kuea_mllm.adapters.base import MLLMRuntime
 
-FAILED_ANSWER = "[kuea-mllm: no answer, generation failed]"
-"""Stands where an answer is missing; lmms-eval scores it, we count it."""
+FAILED_ANSWER = "\u26a0\u26a0\u26a0"
+"""Stands where an answer is missing; lmms-eval scores it, we count it.
+
+No words and no letters: some scorers look for "no" or an option letter anywhere in an answer.
+"""
 
 TOWER_PREFIX = "fp:"
 """Stands before a fingerprint in arguments: lmms-eval would read some of them as numbers."""

@@ -87,15 +87,16 @@ def _pairs(baseline: Path, candidate: Path, task: str) -> list[tuple[tuple[bool,
 
 
 def _read_rows(results: Path, task: str) -> dict[str, dict[str, Any]]:
-    path = Path(results) / "samples" / f"{task}.jsonl"
-    if not path.exists():
+    column = _columns(results).get(task)
+    if column is None:
         return {}
-    scale = float(_columns(results).get(task, {}).get("scale") or 1)
+    path = Path(results) / column["samples"]
+    scale = float(column.get("scale") or 1)
     try:
         with path.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines if line.strip()]
         return {str(row["doc_id"]): {**row, "score": _score(row, scale)} for row in rows}
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise EvaluationError(
             f"sample file {path} is not readable: {error}.", "Run the evaluation again."
         ) from error

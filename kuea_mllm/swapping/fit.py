@@ -25,7 +25,8 @@ _DTYPES = {
 # (what a reader calls it, key of the base's configuration, field of the spec, what to do)
 _SAME_SIZE = "Take a tower of the same architecture as the one that the base was trained with."
 _RESIZE = (
-    "Take a tower made for that size, or resize its position embeddings before swapping it in."
+    "Take a tower made for that size; kuea_mllm.towers.interpolate.resize_tower makes one in "
+    "Python."
 )
 _ACTIVATION = (
     "A wrong activation lowers scores without any warning; pass --activation only if you know that "

@@ -50,7 +50,7 @@ def render_card(record: Mapping[str, Any]) -> str:
 
 
 def _base_reference(record: Mapping[str, Any]) -> str | None:
-    base = record.get("base")
+    base = record.get("base_tower")
     if isinstance(base, Mapping):
         base = base.get("reference")
     return base if isinstance(base, str) else None

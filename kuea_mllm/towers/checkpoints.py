@@ -114,13 +114,13 @@ def read_directory_weights(directory: Path, wanted: Callable[[str], bool]) -> di
 
 def read_image_processor_config(directory: Path) -> tuple[str, dict[str, Any]] | None:
     """Return the image processor's file name and settings, None if the directory has none."""
-    path = directory / "preprocessor_config.json"
-    if path.exists():
-        return str(path), read_json(path)
-    # Where transformers >= 5 puts the image processor of a CLIPProcessor.
+    # Where transformers >= 5 puts the image processor of a CLIPProcessor; it wins there too.
     path = directory / "processor_config.json"
     if path.exists() and "image_processor" in (content := read_json(path)):
         return str(path), content["image_processor"]
+    path = directory / "preprocessor_config.json"
+    if path.exists():
+        return str(path), read_json(path)
     return None
 
 
@@ -128,6 +128,8 @@ def _read_sharded(index: Path, wanted: Callable[[str], bool]) -> dict[str, Tenso
     shards: dict[str, str] = read_json(index).get("weight_map", {})
     state: dict[str, Tensor] = {}
     for shard in sorted({file for name, file in shards.items() if wanted(name)}):
+        if Path(shard).name != shard:
+            raise TowerError(f"{index} names the shard {shard!r}, which is not a plain file name.")
         if not (index.parent / shard).exists():
             raise TowerError(f"shard {index.parent / shard} is missing; {index.name} names it.")
         state |= _read_shard(index.parent / shard, wanted)

@@ -66,7 +66,7 @@ def run_quickstart(
         write_images(heldout, split="test", count=HELDOUT_IMAGES, seed=seed + 1)
         names = write_tasks(tasks, split="test", questions_per_task=questions, seed=seed)
         sheet = io.BytesIO()
-        contact_sheet(seed=seed).save(sheet, format="PNG")
+        contact_sheet(split="test", seed=seed).save(sheet, format="PNG")
         (out / "world.png").write_bytes(sheet.getvalue())
         console.print(f"pictures to align on: {images}\nwhat they look like: {out / 'world.png'}")
 

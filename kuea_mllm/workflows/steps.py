@@ -31,14 +31,13 @@ def align_miniworld(
 ) -> AlignmentResult:
     """Align the CLIP of a world with its teacher by the shipped recipe, with some keys changed."""
     fixed = {
-        "student.model": world / "clip",
-        "teacher.model": world / "teacher",
-        "data.images": images,
-        "data.heldout": heldout,
+        "student.model": str(world / "clip"),
+        "teacher.model": str(world / "teacher"),
+        "data.images": str(images),
+        "data.heldout": str(heldout),
         "runtime.device": "cpu",
     }
-    overrides = [f"{key}={value}" for key, value in {**fixed, **settings}.items()]
-    recipe = load_recipe("align/miniworld", AlignRecipe, overrides=overrides)
+    recipe = load_recipe("align/miniworld", AlignRecipe, settings={**fixed, **settings})
     return run_alignment(recipe, out, progress=show_progress, finish=draw_alignment_figures)
 
 

@@ -85,7 +85,7 @@ BAD_OPTIONS = {
     "out of range": (["--set=optim.lr=-1"], "optim.lr", "greater than 0"),
     "warm-up longer than the run": (["--set=optim.warmup_steps=9"], "optim.warmup_steps (9)"),
     "nothing to learn": (["--set=objective.kernel_weight=0"], "objective.kernel_weight"),
-    "batch larger than the data": (["--batch-size=4096"], "64 images", "4096"),
+    "batch larger than the data": (["--batch-size=4096"], "images", "one batch of 4096"),
     "student that does not exist": (["--student=./nowhere"], "./nowhere"),
     "device that does not exist": (["--device=mps"], "mps"),
 }
@@ -113,15 +113,24 @@ def test_folder_without_images_is_refused(kuea, align_arguments, tmp_path):
     assert leftovers(tmp_path) == ["empty"]
 
 
-def test_truncated_jpeg_is_named(kuea, align_arguments, pictures, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_jpeg_is_named(kuea, align_arguments, pictures, tmp_path, workers):
     folder = tmp_path / "images"
     shutil.copytree(pictures, folder)
     broken = folder / "00" / "broken.jpg"
     Image.effect_noise((64, 64), 50).convert("RGB").save(broken)
     broken.write_bytes(broken.read_bytes()[:-200])
-    # A whole epoch, so that the broken picture is met.
-    answer = kuea(*align_arguments, f"--images={folder}", "--steps=4")
-    assert answer.code == 2
+    # A whole epoch, so that the broken picture is met; a folder of its own to measure on.
+    answer = kuea(
+        *align_arguments,
+        f"--images={folder}",
+        f"--heldout={pictures}",
+        "--steps=8",
+        f"--set=data.workers={workers}",
+    )
+    assert answer.code == 1
+    assert answer.err.count("cannot be read") == 1
+    assert "Traceback" not in answer.err
     assert str(broken) in answer.err
     assert "cannot be read" in answer.err
     assert leftovers(tmp_path) == ["images"]
@@ -182,7 +191,10 @@ def test_diverged_run_names_the_term(kuea, align_arguments, tmp_path):
     answer = kuea(*align_arguments, "--set=optim.lr=1e30", "--set=runtime.log_every=1")
     assert answer.code == 1
     assert "step" in answer.err
-    assert leftovers(tmp_path) == []
+    assert "out.diverged" in answer.err
+    # Not a result, but what shows why.
+    assert leftovers(tmp_path) == ["out.diverged"]
+    assert leftovers(tmp_path / "out.diverged") == ["metrics.jsonl", "run.log", "run.yaml"]
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -224,7 +236,7 @@ def test_write_failure_of_a_real_file_system(align_arguments, tmp_path):
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert "error: " in done.stderr
+    assert f"no space left on device while writing {tmp_path / 'out'}" in done.stderr
     assert "Traceback" not in done.stderr
     assert leftovers(tmp_path) == []
 

@@ -84,5 +84,25 @@ def test_scientific_notation_without_a_point_is_a_number():
 
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "kind.deep=1"])
 def test_malformed_override_is_refused(override):
-    with pytest.raises(RecipeError, match="override"):
+    with pytest.raises(RecipeError, match="override|cannot set 'kind.deep'"):
         load_recipe("align/miniworld", AlignRecipe, overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.steps=true", "neither true nor false"),
+        ("optim.betas=[2, 3]", "optim.betas"),
+        ("runtime.device=tpu", "runtime.device"),
+    ],
+)
+def test_values_that_would_fail_late_fail_early(override, expected):
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe("align/miniworld", AlignRecipe, overrides=[override])
+
+
+@pytest.mark.parametrize("folder", ["2012", "my: pictures", "a #1", "~", "null"])
+def test_paths_given_as_flags_are_never_read_as_yaml(kuea, align_arguments, folder):
+    answer = kuea(*align_arguments, f"--images={folder}")
+    assert answer.code == 2
+    assert f"image folder {folder} does not exist" in answer.err

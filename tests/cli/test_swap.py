@@ -139,7 +139,12 @@ def test_siglip_tower_is_refused(kuea, tmp_path):
 
 
 def test_same_tower_is_refused_unless_allowed(kuea, tmp_path):
-    arguments = ["swap", f"--base={BASE}", f"--tower={ASSETS / 'clip'}", f"--out={tmp_path / 'out'}"]
+    arguments = [
+        "swap",
+        f"--base={BASE}",
+        f"--tower={ASSETS / 'clip'}",
+        f"--out={tmp_path / 'out'}",
+    ]
     assert kuea(*arguments).code == 2
     assert listing(tmp_path) == []
     assert kuea(*arguments, "--allow-same").code == 0

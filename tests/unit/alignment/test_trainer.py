@@ -86,9 +86,7 @@ def test_decay_covers_the_whole_tower_and_no_kernel_parameter(tmp_path):
     tower, kernel = trainer.create_optimizer().param_groups
     assert tower["weight_decay"] == 0.3
     assert kernel["weight_decay"] == 0
-    assert {id(p) for p in tower["params"]} == {
-        id(p) for p in trainer.model.student.parameters()
-    }
+    assert {id(p) for p in tower["params"]} == {id(p) for p in trainer.model.student.parameters()}
     assert len(kernel["params"]) == 2
 
 
@@ -184,3 +182,25 @@ def test_untouched_tower_has_no_drift_and_its_gap_twice(tmp_path):
     moved = heldout.measure()
     assert moved["heldout_drift_distance_mean"] == pytest.approx(WIDTH**0.5, rel=1e-5)
     assert moved["heldout_kernel_gap_original"] == measured["heldout_kernel_gap_original"]
+
+
+def test_heldout_images_are_never_trained_on(tmp_path):
+    from PIL import Image
+
+    from kuea_mllm.alignment.inputs import _split
+    from kuea_mllm.config.align import DataConfig
+    from kuea_mllm.data.images import ImageFolder
+    from kuea_mllm.data.transforms import ImageTransform
+    from kuea_mllm.miniworld import ASSETS
+    from kuea_mllm.towers.load import load_tower
+
+    for number in range(40):
+        Image.new("RGB", (SIZE, SIZE), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    transform = ImageTransform.from_spec(load_tower(ASSETS / "clip").spec)
+    images = ImageFolder(tmp_path, transform)
+    training, heldout = _split(images, DataConfig(heldout_count=3), transform)
+    trained = {training[i]["index"] for i in range(len(training))}
+    measured = {heldout[i]["index"] for i in range(len(heldout))}
+    assert len(measured) == 3
+    assert trained | measured == set(range(40))
+    assert not trained & measured

@@ -28,7 +28,7 @@ from kuea_mllm.towers.spec import TowerSpec
 
 FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "kuea.json", "README.md"}
 MANIFEST = {
-    "base": {"reference": "openai/clip-vit-large-patch14", "fingerprint": "ab" * 32},
+    "base_tower": {"reference": "openai/clip-vit-large-patch14", "fingerprint": "ab" * 32},
     "objective": {"kernel": "polynomial", "note": "a | b"},
     "steps": 12,
     "data": None,
