@@ -60,7 +60,7 @@ build/view: setup FORCE
 FORCE:
 
 types: build/view
-	cd build/view && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p kuea_mllm
+	cd build/view && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p kuea_mllm
 
 imports: build/view
 	cd build/view && PYTHONPATH=. $(abspath $(BIN))/lint-imports --config ../../pyproject.toml

@@ -30,6 +30,8 @@ def configure_terminal(*, verbose: bool = False, quiet: bool = False) -> None:
         )
         terminal.kuea_terminal = True  # type: ignore[attr-defined]
         LOGGER.addHandler(terminal)
+    # On machines without CUDA it recommends an optional speed-up of 4-bit kernels at every start.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     for handler in LOGGER.handlers:
         if getattr(handler, "kuea_terminal", False):

@@ -1,4 +1,4 @@
-"""`kuea-mllm convert`: read a tower in any known format, write it in another."""
+"""`kuea-mllm convert`: read a tower in any known format, write it in another, or just look."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kuea_mllm.cli.common import verb
+from kuea_mllm.cli.common import Json, print_json, verb
 
 
 class Format(StrEnum):
@@ -21,7 +21,10 @@ class Format(StrEnum):
 @verb
 def convert(
     source: Annotated[str, typer.Argument(help="HF directory, hub id or checkpoint file.")],
-    destination: Annotated[Path, typer.Argument(help="Directory (hf) or file (visual) to create.")],
+    destination: Annotated[
+        Path | None,
+        typer.Argument(help="Directory (hf) or file (visual) to create.", show_default=False),
+    ] = None,
     to: Annotated[
         Format,
         typer.Option(
@@ -35,8 +38,18 @@ def convert(
     heads: Annotated[
         int | None, typer.Option(help="Attention heads, for checkpoint files.")
     ] = None,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Only tell what SOURCE is; write nothing.")
+    ] = False,
+    json_output: Json = False,
 ) -> None:
     """Convert a vision tower exactly: no tensor is rounded, none is guessed."""
+    if inspect:
+        _inspect(source, json_output)
+        return
+    if destination is None:
+        raise typer.BadParameter("give DESTINATION, or --inspect to only look at SOURCE.")
+
     from kuea_mllm.io import atomic_directory, require_free_output
     from kuea_mllm.manifest import current_command, library_versions, utc_now
     from kuea_mllm.towers.load import load_tower
@@ -60,5 +73,27 @@ def convert(
         }
         with atomic_directory(destination) as partial:
             save_tower(tower, partial, manifest=manifest)
+    if json_output:
+        print_json(
+            {
+                "destination": str(destination),
+                "from": tower.layout,
+                "to": to.value,
+                "fingerprint": tower.fingerprint,
+            }
+        )
+        return
     typer.echo(f"{source} ({tower.layout}) -> {destination} ({to.value})")
     typer.echo(f"tower {tower.fingerprint}")
+
+
+def _inspect(source: str, json_output: bool) -> None:
+    from kuea_mllm.towers.layouts import describe_checkpoint
+
+    found = describe_checkpoint(source).to_dict()
+    if json_output:
+        print_json(found)
+        return
+    from kuea_mllm.reporting.tables import print_key_values
+
+    print_key_values(source, {name.replace("_", " "): str(v) for name, v in found.items()})

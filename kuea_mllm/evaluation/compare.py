@@ -200,10 +200,11 @@ def _warnings(first: Results, second: Results, columns: Sequence[ColumnCompariso
     if before["model"]["adapter"] != after["model"]["adapter"]:
         found.append("The runs used different adapters, so prompts and preprocessing may differ.")
     for key in ("dtype", "device", "seed"):
-        if before["settings"][key] != after["settings"][key]:
+        values = [summary["settings"].get(key) for summary in (before, after)]
+        if values[0] != values[1]:
             found.append(
-                f"The runs differ in {key} ({before['settings'][key]} and "
-                f"{after['settings'][key]}), which changes answers by itself."
+                f"The runs differ in {key} ({values[0]} and {values[1]}), which changes answers "
+                "by itself."
             )
     for library in ("transformers", "torch", "lmms-eval", "pillow"):
         versions = [summary["versions"].get(library) for summary in (before, after)]

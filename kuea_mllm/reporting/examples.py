@@ -87,10 +87,10 @@ def _pairs(baseline: Path, candidate: Path, task: str) -> list[tuple[tuple[bool,
 
 
 def _read_rows(results: Path, task: str) -> dict[str, dict[str, Any]]:
-    column = _columns(results).get(task)
-    if column is None:
+    column = _columns(results).get(task, {})
+    path = Path(results) / column.get("samples", f"samples/{task}.jsonl")
+    if not path.exists() and "samples" not in column:
         return {}
-    path = Path(results) / column["samples"]
     scale = float(column.get("scale") or 1)
     try:
         with path.open(encoding="utf-8") as lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from kuea_mllm import __version__
+from kuea_mllm.config.recipes import find_recipe
 from kuea_mllm.errors import OutputError, UserError
 from kuea_mllm.io import atomic_directory, read_json, write_json
 from kuea_mllm.log import LOGGER
@@ -37,6 +40,8 @@ class StudySettings:
     variants: tuple[str, ...] = tuple(VARIANTS)
     train_images: int = TRAIN_IMAGES
     pictures_per_set: int = PICTURES_PER_SET
+    recipe: str = ""
+    version: str = __version__
 
 
 def run_study(
@@ -61,14 +66,18 @@ def run_study(
     Raises:
         OutputError: If `out` holds a study with other settings.
     """
-    settings = StudySettings(questions=questions, split=split)
+    recipe = find_recipe("align/miniworld").text
+    settings = StudySettings(
+        questions=questions, split=split, recipe=hashlib.sha256(recipe.encode()).hexdigest()
+    )
+    given = {seed: _world(worlds, seed) for seed in range(seeds)}
     _open(out, settings)
     _write_shared(out, settings)
-    todo = [seed for seed in range(seeds) if not (out / f"seed{seed}" / "result.json").exists()]
+    todo = [seed for seed in range(seeds) if not _is_done(out, seed, given[seed])]
     LOGGER.info("%d of %d seeds to do, %d at once", len(todo), seeds, jobs)
     if jobs == 1:
         for seed in todo:
-            _study_seed(out, seed, _world(out, worlds, seed), settings)
+            _study_seed(out, seed, given[seed], settings)
     else:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         with ProcessPoolExecutor(
@@ -77,10 +86,7 @@ def run_study(
             initializer=_limit_threads,
             initargs=(threads,),
         ) as pool:
-            futures = [
-                pool.submit(_study_seed, out, seed, _world(out, worlds, seed), settings)
-                for seed in todo
-            ]
+            futures = [pool.submit(_study_seed, out, seed, given[seed], settings) for seed in todo]
             for future in futures:
                 future.result()
     results = [read_json(out / f"seed{seed}" / "result.json") for seed in range(seeds)]
@@ -186,6 +192,7 @@ def _study_seed(out: Path, seed: int, world: Path | None, settings: StudySetting
     with atomic_directory(out / f"seed{seed}") as partial:
         result: dict[str, Any] = {
             "seed": seed,
+            "world": _world_id(world),
             "original": {
                 "encoder": score_encoder(
                     world / "clip",
@@ -276,7 +283,26 @@ def _write_shared(out: Path, settings: StudySettings) -> None:
         )
 
 
-def _world(out: Path, worlds: Path | None, seed: int) -> Path | None:
+def _is_done(out: Path, seed: int, world: Path | None) -> bool:
+    result = out / f"seed{seed}" / "result.json"
+    if not result.exists():
+        return False
+    if world is not None and read_json(result)["world"] != _world_id(world):
+        raise OutputError(
+            f"{result} was measured on another world than {world}.", "Choose another --out."
+        )
+    return True
+
+
+def _world_id(world: Path) -> str:
+    """Hash the weights of CLIP and LLaVA; the teacher is the same in every world."""
+    digest = hashlib.sha256()
+    for part in ("clip", "llava"):
+        digest.update((world / part / "model.safetensors").read_bytes())
+    return digest.hexdigest()
+
+
+def _world(worlds: Path | None, seed: int) -> Path | None:
     if worlds is None:
         return None
     world = worlds / f"seed{seed}"

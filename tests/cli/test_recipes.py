@@ -84,7 +84,7 @@ def test_scientific_notation_without_a_point_is_a_number():
 
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "kind.deep=1"])
 def test_malformed_override_is_refused(override):
-    with pytest.raises(RecipeError, match="override|cannot set 'kind.deep'"):
+    with pytest.raises(RecipeError, match=r"override|cannot set 'kind\.deep'"):
         load_recipe("align/miniworld", AlignRecipe, overrides=[override])
 
 

@@ -185,3 +185,14 @@ def test_convert_refuses_what_is_no_checkpoint(kuea, tmp_path):
     assert answer.code == 2
     assert "weights.safetensors" in answer.err
     assert listing(tmp_path) == ["weights.safetensors"]
+
+
+def test_inspect_names_the_layout_and_writes_nothing(kuea, tmp_path):
+    visual = tmp_path / "visual.safetensors"
+    assert kuea("convert", ASSETS / "clip", visual, "--to=visual").code == 0
+    answer = kuea("convert", visual, "--inspect", "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert (found["layout"], found["patch_size"], found["layers"]) == ("visual", 8, 3)
+    assert listing(tmp_path) == ["visual.safetensors"]
+    assert kuea("convert", visual).code == 2
