@@ -66,25 +66,30 @@ _VERDICT_LOOK = {
 
 
 def loss_curves(rows: Sequence[Row]) -> Figure:
-    """Draw the loss and its terms before weighting over the steps.
+    """Draw the loss and its terms before weighting over the steps, each on its own scale.
+
+    The terms differ by orders of magnitude, so that on one scale the kernel gap would be a flat
+    line. Panels without any logged value are left out.
 
     Args:
         rows: Lines of `metrics.jsonl`; those without a loss are skipped.
     """
-    names = {
-        "loss": "total",
-        "loss_kernel": "kernel gap, unweighted",
-        "loss_feature": "feature gap, unweighted",
-        "loss_preserve": "preservation, unweighted",
+    labels = {
+        "loss": "total loss",
+        "loss_kernel": "kernel gap,\nunweighted",
+        "loss_feature": "feature gap,\nunweighted",
+        "loss_preserve": "preservation,\nunweighted",
     }
+    shown = [name for name in labels if any(name in row for row in rows)] or ["loss"]
     with drawing_style():
-        figure, (axes,) = make_panels(1)
-        curves = draw_lines(axes, rows, names)
-        is_log = spans_decades(curves)
-        if is_log:
-            set_log_scale(axes)
-        axes.set_ylabel("loss (log scale)" if is_log else "loss")
-        axes.set_xlabel("step")
+        figure, panels = make_panels(len(shown))
+        for axes, name in zip(panels, shown, strict=True):
+            if set_log := spans_decades(
+                draw_lines(axes, rows, {name: labels[name]}, with_legend=False)
+            ):
+                set_log_scale(axes)
+            axes.set_ylabel(labels[name] + (" (log scale)" if set_log else ""))
+        panels[-1].set_xlabel("step")
     return figure
 
 
