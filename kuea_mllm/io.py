@@ -90,6 +90,22 @@ def disk_errors_named(destination: Path) -> Iterator[None]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file that is either complete or, after a failure, as it was before.
+
+    Raises:
+        EnvironmentFailure: If the disk is full.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with disk_errors_named(path):
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -107,7 +123,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON with a final newline (strict: no NaN)."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

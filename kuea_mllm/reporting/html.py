@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 
 import kuea_mllm
-from kuea_mllm.io import disk_errors_named
+from kuea_mllm.io import write_text
 from kuea_mllm.reporting.blocks import Block, Report, Section
 from kuea_mllm.reporting.pages import quickstart_report
 from kuea_mllm.reporting.text import clean, shorten
@@ -74,15 +74,8 @@ def write_report(path: Path, report: Report) -> None:
         EnvironmentFailure: If the disk is full.
     """
     text = render_html(report)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with disk_errors_named(path):
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
 
 
 def render_html(report: Report) -> str:

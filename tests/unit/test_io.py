@@ -7,7 +7,13 @@ import os
 import pytest
 
 from kuea_mllm.errors import EnvironmentFailure, OutputError, UserError
-from kuea_mllm.io import atomic_directory, read_json, require_free_output, write_json
+from kuea_mllm.io import (
+    atomic_directory,
+    read_json,
+    require_free_output,
+    write_json,
+    write_text,
+)
 
 
 def names(folder):
@@ -84,3 +90,17 @@ def test_json_is_strict_both_ways(tmp_path):
     with pytest.raises(UserError, match="missing"):
         read_json(tmp_path / "none.json")
     assert json.loads((tmp_path / "good.json").read_text())
+
+
+def test_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    write_text(tmp_path / "report.html", "old")
+    with monkeypatch.context() as patch:
+
+        def no_space(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr("pathlib.Path.replace", no_space)
+        with pytest.raises(EnvironmentFailure):
+            write_text(tmp_path / "report.html", "new")
+    assert names(tmp_path) == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "old"
