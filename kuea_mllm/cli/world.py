@@ -21,7 +21,7 @@ def build(
         Path | None, typer.Option(help="Reuse this teacher instead of training one.")
     ] = None,
 ) -> None:
-    """Train the mini CLIP, teacher and LLaVA from nothing (about 15 minutes on one core)."""
+    """Train the mini CLIP, teacher and LLaVA from nothing (10 to 20 minutes on one core)."""
     from kuea_mllm.miniworld.build import build_world
 
     build_world(out, seed=seed, teacher=teacher)
