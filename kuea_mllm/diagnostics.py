@@ -51,12 +51,45 @@ def relative_token_drift(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: If the shapes differ.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"tokens must have one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
-    with torch.no_grad():
+    drift = TokenDrift()
+    drift.add(a, b)
+    return drift.relative()
+
+
+class TokenDrift:
+    """`relative_token_drift` of more tokens than fit into memory, a batch at a time."""
+
+    def __init__(self) -> None:
+        # Python numbers would cost a device sync for each batch.
+        self._moved: Tensor | None = None
+        self._reference: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Take in one batch; see `relative_token_drift`.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        if a.shape != b.shape:
+            raise ValueError(
+                f"tokens must have one shape, not {tuple(a.shape)} and {tuple(b.shape)}"
+            )
         reference = _wide(b)
-        norm = reference.norm().clamp_min(torch.finfo(reference.dtype).tiny)
-        return float((_wide(a) - reference).norm() / norm)
+        moved, size = (_wide(a) - reference).square().sum(), reference.square().sum()
+        self._moved = moved if self._moved is None else self._moved + moved
+        self._reference = size if self._reference is None else self._reference + size
+
+    def relative(self) -> float:
+        """Return the drift of everything taken in.
+
+        Raises:
+            ValueError: If nothing was.
+        """
+        if self._moved is None or self._reference is None:
+            raise ValueError("no tokens were compared")
+        tiny = torch.finfo(self._reference.dtype).tiny
+        return float((self._moved / self._reference.clamp_min(tiny)).sqrt())
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

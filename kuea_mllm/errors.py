@@ -65,5 +65,19 @@ class TrainingDiverged(EnvironmentFailure):
     """A loss or a kernel parameter left the range in which training makes sense."""
 
 
+class Interrupted(KueaError):
+    """A run ended because it was asked to; what it did so far is saved.
+
+    Args:
+        problem: How far it got, and how to go on.
+        remedy: What to do about it.
+        exit_code: As a shell reports it: 128 and the number of the signal.
+    """
+
+    def __init__(self, problem: str, remedy: str = "", *, exit_code: int = 130) -> None:
+        super().__init__(problem, remedy)
+        self.exit_code = exit_code
+
+
 class EvaluationError(UserError):
     """A task, a result or a comparison is not what it has to be."""

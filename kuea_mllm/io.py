@@ -52,9 +52,8 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
     destination = Path(destination)
     require_free_output(destination)
     parent = destination.absolute().parent
-    created = _first_missing(parent)
+    created = create_directory(parent, wanted_for=destination)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         # A hidden name, so that a listing never shows it as something finished.
         partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=parent))
     except OSError as error:
@@ -66,14 +65,49 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
             partial.replace(destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if created is not None:
-            _remove_empty_parents(parent, created)
+        remove_empty_parents(parent, created)
         raise
 
 
+def create_directory(directory: Path, *, wanted_for: Path | None = None) -> Path | None:
+    """Create a directory and its parents; return the highest that was missing, if any was.
+
+    Args:
+        directory: May exist.
+        wanted_for: What to call the output in an error.
+
+    Raises:
+        OutputError: If it cannot be created.
+    """
+    created = _first_missing(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"output {wanted_for or directory} cannot be created: {error.strerror}."
+        ) from error
+    return created
+
+
+def remove_empty_parents(parent: Path, highest: Path | None) -> None:
+    """Remove the directories that `create_directory` made, as far as they are empty."""
+    while highest is not None:
+        try:
+            parent.rmdir()
+        except OSError:
+            return
+        if parent == highest:
+            return
+        parent = parent.parent
+
+
 @contextmanager
-def disk_errors_named(destination: Path) -> Iterator[None]:
+def disk_errors_named(destination: Path, *, remedy: str | None = None) -> Iterator[None]:
     """Turn "no space left" of any library into one line that names the place.
+
+    Args:
+        destination: What is written.
+        remedy: What to do about it; by default the output is said to be removed.
 
     Raises:
         EnvironmentFailure: If the block fails because the disk is full.
@@ -81,13 +115,30 @@ def disk_errors_named(destination: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_disk_full(error):
-            raise EnvironmentFailure(
-                f"no space left on device while writing {destination}.",
-                "Free some space (or choose another --out) and run the command again; "
-                "nothing was left behind.",
-            ) from error
+        named = name_disk_error(error, destination, remedy=remedy)
+        if named is not error:
+            raise named from error
         raise
+
+
+def name_disk_error(
+    error: BaseException, destination: Path, *, remedy: str | None = None
+) -> BaseException:
+    """Return `EnvironmentFailure` for an error of any library that means a full disk.
+
+    Args:
+        error: Returned as it is if it means something else.
+        destination: What was written.
+        remedy: What to do about it; by default the output is said to be removed.
+    """
+    if not _is_disk_full(error):
+        return error
+    return EnvironmentFailure(
+        f"no space left on device while writing {destination}.",
+        remedy
+        or "Free some space (or choose another --out) and run the command again; "
+        "nothing was left behind.",
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -138,19 +189,17 @@ def _is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file or the entries of a directory are on the disk, safe from a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _first_missing(parent: Path) -> Path | None:
     missing = None
     while not parent.exists():
         missing, parent = parent, parent.parent
     return missing
-
-
-def _remove_empty_parents(parent: Path, highest: Path) -> None:
-    while True:
-        try:
-            parent.rmdir()
-        except OSError:
-            return
-        if parent == highest:
-            return
-        parent = parent.parent

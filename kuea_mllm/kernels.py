@@ -1,14 +1,16 @@
 """Kernels that compare the rows of two feature matrices.
 
 Three families (KUEA, ICML 2025, section 3 and appendix C): a cosine-normalised polynomial kernel,
-a Gaussian kernel and the cosine. All of them are one on the diagonal *exactly*, in every dtype, so
-the diagonal of a student kernel minus a teacher kernel adds a true zero to loss and gradient.
+a Gaussian kernel and the cosine, and weighted means of them. All are one on the diagonal *exactly*,
+in every dtype, so the diagonal of a student kernel minus a teacher kernel adds a true zero to loss
+and gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from kuea_mllm.errors import TrainingDiverged
 
 Scalar = float | Tensor
+Parametrisation = Literal["log", "direct"]
 
 
 def polynomial_kernel(
@@ -93,13 +96,23 @@ def cosine_kernel(x: Tensor, y: Tensor) -> Tensor:
 class PolynomialKernel(nn.Module):
     """The normalised polynomial kernel of one set of features with itself.
 
+    The kernel depends on `rho = gamma / coef0` alone, so training both is training one number along
+    a line: `gamma * dL/dgamma + coef0 * dL/dcoef0` is zero, and either can still cross zero, where
+    the kernel loses its meaning. Under "log" the one parameter is `log_rho`: `coef0` stays what it
+    was and `gamma` is `coef0 * exp(log_rho)`, positive whatever the step.
+
     Args:
         gamma: Positive scale of the inner product.
         coef0: Positive offset.
         degree: Power, at least 1.
-        trainable: Whether `gamma` and `coef0` are parameters (the paper) or constants (what the
-            released code amounts to). Both are part of the state dict under the same two names.
-        dtype: Precision in which the two scalars are kept.
+        trainable: Whether the kernel has parameters (the paper) or constants (what the released
+            code amounts to). `gamma` and `coef0` can be read as tensors either way.
+        parametrisation: What a trainable kernel trains: "log" the logarithm of rho, "direct"
+            `gamma` and `coef0` themselves, as the paper has it.
+        dtype: Precision in which the scalars are kept.
+
+    Raises:
+        ValueError: If `gamma` or `coef0` has no logarithm and "log" needs it.
     """
 
     def __init__(
@@ -109,14 +122,26 @@ class PolynomialKernel(nn.Module):
         degree: int = 3,
         trainable: bool = False,
         *,
+        parametrisation: Parametrisation = "log",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.gamma: Tensor
         self.coef0: Tensor
         self.degree = degree
-        _hold_scalar(self, "gamma", gamma, trainable, dtype)
-        _hold_scalar(self, "coef0", coef0, trainable, dtype)
+        if trainable and parametrisation == "log":
+            log_rho = _logarithm("gamma", gamma) - _logarithm("coef0", coef0)
+            _hold_scalar(self, "log_rho", log_rho, True, dtype)
+            _hold_scalar(self, "coef0", coef0, False, dtype)
+        else:
+            _hold_scalar(self, "gamma", gamma, trainable, dtype)
+            _hold_scalar(self, "coef0", coef0, trainable, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """Compute `gamma` where it is not stored; torch calls this for names it does not find."""
+        if name == "gamma" and (log_rho := _parameter(self, "log_rho")) is not None:
+            return self.coef0 * log_rho.exp()
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the kernel matrix (n, n) of the features `x`, (n, width)."""
@@ -142,16 +167,36 @@ class GaussianKernel(nn.Module):
 
     Args:
         sigma: Positive bandwidth.
-        trainable: Whether `sigma` is a parameter or a constant; in the state dict either way.
-        dtype: Precision in which `sigma` is kept.
+        trainable: Whether the bandwidth is a parameter or a constant; `sigma` can be read as a
+            tensor either way.
+        parametrisation: What a trainable kernel trains: "log" the parameter `log_sigma`, positive
+            by construction; "direct" `sigma` itself.
+        dtype: Precision in which the scalar is kept.
+
+    Raises:
+        ValueError: If `sigma` has no logarithm and "log" needs it.
     """
 
     def __init__(
-        self, sigma: float, trainable: bool = False, *, dtype: torch.dtype = torch.float32
+        self,
+        sigma: float,
+        trainable: bool = False,
+        *,
+        parametrisation: Parametrisation = "log",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.sigma: Tensor
-        _hold_scalar(self, "sigma", sigma, trainable, dtype)
+        if trainable and parametrisation == "log":
+            _hold_scalar(self, "log_sigma", _logarithm("sigma", sigma), True, dtype)
+        else:
+            _hold_scalar(self, "sigma", sigma, trainable, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """Compute `sigma` where it is not stored; torch calls this for names it does not find."""
+        if name == "sigma" and (log_sigma := _parameter(self, "log_sigma")) is not None:
+            return log_sigma.exp()
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the kernel matrix (n, n) of the features `x`, (n, width)."""
@@ -185,7 +230,62 @@ class CosineKernel(nn.Module):
         """Accept: without parameters nothing can diverge."""
 
 
-Kernel = PolynomialKernel | GaussianKernel | CosineKernel
+class SumKernel(nn.Module):
+    """The weighted mean of kernels of one set of features with itself.
+
+    A mean and not a sum: divided by the sum of the weights it stays one on the diagonal like every
+    other kernel here, so that matching it to another never asks for what no features can give.
+
+    Args:
+        parts: Positive weights, of which only the ratios matter, and kernels.
+
+    Raises:
+        ValueError: If there is no part, or a weight is not positive and finite.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Kernel]]) -> None:
+        super().__init__()
+        weights = [float(weight) for weight, _ in parts]
+        if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise ValueError(f"a sum of kernels needs positive weights, not {weights}")
+        self.weights = tuple(weight / sum(weights) for weight in weights)
+        self.kernels = nn.ModuleList(kernel for _, kernel in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the kernel matrix (n, n) of the features `x`, (n, width)."""
+        matrices: list[Tensor] = [kernel(x) for kernel in self.kernels]
+        # Rounded weights need not add up to one. Whatever they add up to in this dtype, added in
+        # the same order, divides the diagonal, which thereby is one exactly.
+        return self._total(matrices) / self._total([matrices[0].new_ones(()) for _ in matrices])
+
+    def _total(self, values: Sequence[Tensor]) -> Tensor:
+        total = self.weights[0] * values[0]
+        for weight, value in zip(self.weights[1:], values[1:], strict=True):
+            total = total + weight * value
+        return total
+
+    def constants(self) -> dict[str, float]:
+        """Return the constants of every part under its position: `0_gamma`, `1_sigma`, ..."""
+        return {
+            f"{position}_{name}": value
+            for position, kernel in enumerate(self._parts())
+            for name, value in kernel.constants().items()
+        }
+
+    def check(self) -> None:
+        """Refuse parameters under which any part has lost its meaning.
+
+        Raises:
+            TrainingDiverged: If a parameter of a part is not positive and finite.
+        """
+        for kernel in self._parts():
+            kernel.check()
+
+    def _parts(self) -> list[Kernel]:
+        return cast("list[Kernel]", list(self.kernels))
+
+
+Kernel: TypeAlias = PolynomialKernel | GaussianKernel | CosineKernel | SumKernel
 
 
 def _hold_scalar(
@@ -196,6 +296,18 @@ def _hold_scalar(
         module.register_parameter(name, nn.Parameter(scalar))
     else:
         module.register_buffer(name, scalar)
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    # By way of __dict__: copying and unpickling ask for attributes before there are parameters.
+    parameter: nn.Parameter | None = module.__dict__.get("_parameters", {}).get(name)
+    return parameter
+
+
+def _logarithm(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite to train its logarithm, not {value}")
+    return math.log(value)
 
 
 def _check_positive(name: str, value: Tensor) -> None:

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-import copy
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-from kuea_mllm.alignment.callbacks import (
-    AlignmentProgress,
-    Measure,
-    MetricsFile,
-    StopWhenDiverged,
-)
-from kuea_mllm.alignment.heldout import HeldOut
+from kuea_mllm.alignment.assemble import Assembly, assemble, require_trackers
+from kuea_mllm.alignment.distributed import barrier, fails_together, rank, world_size
 from kuea_mllm.alignment.inputs import AlignmentInputs, open_inputs
-from kuea_mllm.alignment.targets import LiveTargets
-from kuea_mllm.alignment.trainer import AlignmentModel, AlignmentTrainer
-from kuea_mllm.config.align import AlignRecipe, KernelConfig, PolynomialKernelConfig
-from kuea_mllm.config.recipes import recipe_to_yaml
-from kuea_mllm.data.images import as_raised_in_worker
-from kuea_mllm.errors import TrainingDiverged, UnreadableImage
-from kuea_mllm.io import atomic_directory, require_free_output, write_json
-from kuea_mllm.kernels import CosineKernel, GaussianKernel, Kernel, PolynomialKernel
+from kuea_mllm.alignment.record import describe_run
+from kuea_mllm.alignment.run_directory import (
+    RECIPE,
+    RunDirectory,
+    open_run,
+    require_startable,
+)
+from kuea_mllm.config.align import AlignRecipe
+from kuea_mllm.data.source import as_raised_in_worker
+from kuea_mllm.errors import (
+    EnvironmentFailure,
+    Interrupted,
+    RecipeError,
+    TrainingDiverged,
+    UserError,
+)
+from kuea_mllm.io import name_disk_error, write_json
 from kuea_mllm.log import LOGGER, log_file
-from kuea_mllm.manifest import SCHEMA_VERSION, current_command, library_versions, utc_now
-from kuea_mllm.objectives import KernelAlignmentObjective
-from kuea_mllm.towers.encode import TowerEncoder
+from kuea_mllm.manifest import current_command
 from kuea_mllm.towers.save import save_tower
 
 
 @dataclass(frozen=True)
 class AlignmentResult:
-    """Where a finished run lies and what it measured."""
+    """Where a finished run lies and what it measured; only process zero measures.
+
+    Attributes:
+        directory: Of the run.
+        before: Measurements of the untouched tower.
+        after: Measurements of the aligned one.
+        seconds: Of training, all sessions of the run together.
+    """
 
     directory: Path
     before: dict[str, float]
@@ -57,111 +65,123 @@ def run_alignment(
     *,
     progress: bool = True,
     finish: Callable[[Path], None] | None = None,
+    resume: bool = False,
+    restart: bool = False,
 ) -> AlignmentResult:
     """Align a tower and write the run directory.
+
+    Until the run is complete it lies in `OUT.unfinished`.
 
     Args:
         recipe: What to do; `student.model`, `teacher.model` and `data.images` must be set.
         out: Directory to create.
         progress: Show a progress bar.
         finish: Called with the directory before it gets its final name, to add figures.
+        resume: Go on with the unfinished run of this output.
+        restart: Drop the unfinished run of this output, if there is one.
 
     Raises:
         UserError: If an input is wrong; nothing is written then.
         TrainingDiverged: If a loss is not finite or a kernel parameter lost its sign.
+        Interrupted: If the process was asked to stop; `resume` goes on.
     """
-    require_free_output(out)
-    inputs = open_inputs(recipe)
-    with atomic_directory(out) as partial, log_file(partial / "run.log"):
-        (partial / "run.yaml").write_text(recipe_to_yaml(inputs.recipe), encoding="utf-8")
-        try:
-            before, after, seconds = _train(inputs, partial, progress=progress)
-        except UnreadableImage as error:
-            raise as_raised_in_worker(error) from None
-        except TrainingDiverged as error:
-            kept = _keep_evidence(partial, out)
-            raise TrainingDiverged(
-                error.problem, f"{error.remedy} Log, recipe and metrics are kept in {kept}."
-            ) from error
-        if finish is not None:
-            finish(partial)
-    return AlignmentResult(directory=out, before=before, after=after, seconds=seconds)
+    out = Path(out)
+    if recipe.method != "align":
+        raise RecipeError(f"key 'method' is {recipe.method!r}: nothing is trained by it.")
+    require_startable(out, resume=resume, restart=restart)
+    require_trackers(recipe.runtime.trackers)
+    with fails_together():
+        inputs = open_inputs(recipe)
+    with open_run(out, inputs, resume=resume, restart=restart) as run:
+        is_writer = rank() == 0
+        with log_file(run.path / "run.log") if is_writer else nullcontext():
+            for note in run.notes:
+                LOGGER.info("%s", note)
+            try:
+                result = _align(inputs, run, progress=progress, finish=finish)
+            except BaseException as error:
+                raise _explained(error, run) from error.__cause__
+        # The others must not report before the directory has its final name.
+    barrier()
+    return result
 
 
-def _keep_evidence(partial: Path, out: Path) -> Path:
+def _explained(error: BaseException, run: RunDirectory) -> BaseException:
+    """Return the error as a user should see it, and say what is left of the run."""
+    if isinstance(error, UserError | EnvironmentFailure):
+        error = as_raised_in_worker(error)
+    if rank() != 0 or isinstance(error, Interrupted):
+        return error
+    checkpoint = run.store.last_good()
+    if isinstance(error, TrainingDiverged) and checkpoint is None:
+        kept = _keep_evidence(run)
+        return TrainingDiverged(
+            error.problem, f"{error.remedy} Log, recipe and metrics are kept in {kept}."
+        )
+    if checkpoint is None:
+        return name_disk_error(error, run.out)
+    LOGGER.warning("the unfinished run is kept; --resume goes on from %s", checkpoint)
+    return name_disk_error(error, run.out, remedy="Free some space and go on with --resume.")
+
+
+def _keep_evidence(run: RunDirectory) -> Path:
     """Save what shows why a run diverged, under a name that no one takes for a result."""
-    number, kept = 1, out.with_name(f"{out.name}.diverged")
+    number, kept = 1, run.out.with_name(f"{run.out.name}.diverged")
     while kept.exists():
         number += 1
-        kept = out.with_name(f"{out.name}.diverged-{number}")
+        kept = run.out.with_name(f"{run.out.name}.diverged-{number}")
     kept.mkdir()
-    for name in ("run.yaml", "run.log", "metrics.jsonl"):
-        shutil.copy(partial / name, kept / name)
+    for name in (RECIPE, "run.log", "metrics.jsonl"):
+        shutil.copy(run.path / name, kept / name)
     return kept
 
 
-def build_kernel(config: KernelConfig, width: int) -> Kernel:
-    """Build the kernel module that a recipe describes, for embeddings of `width`."""
-    if isinstance(config, PolynomialKernelConfig):
-        gamma = 1.0 / width if config.gamma is None else config.gamma
-        return PolynomialKernel(
-            gamma, config.coef0, degree=config.degree, trainable=bool(config.trainable)
-        )
-    if config.type == "gaussian":
-        return GaussianKernel(config.sigma, trainable=bool(config.trainable))
-    return CosineKernel()
-
-
-def _train(
-    inputs: AlignmentInputs, directory: Path, *, progress: bool
-) -> tuple[dict[str, float], dict[str, float], float]:
-    recipe = inputs.recipe
-    torch.manual_seed(recipe.runtime.seed)
-    device = torch.device(recipe.runtime.device)
-    student = TowerEncoder(inputs.student)
-    original = copy.deepcopy(student)
-    objective = KernelAlignmentObjective(
-        build_kernel(recipe.objective.student_kernel, inputs.student.spec.embedding_width),
-        build_kernel(recipe.objective.teacher_kernel, inputs.teacher.width),
-        kernel_weight=recipe.objective.kernel_weight,
-        preserve_weight=recipe.objective.preserve_weight,
-    )
-    initial_kernel = objective.student_kernel.constants()
-    model = AlignmentModel(student, objective).to(device)
-    targets = LiveTargets(inputs.teacher, original, device)
-    heldout = HeldOut(
-        inputs.heldout,
-        count=recipe.data.heldout_count,
-        targets=targets,
-        student=student,
-        objective=objective,
-        device=device,
-        batch_size=recipe.optim.batch_size,
-    )
-    metrics = MetricsFile(directory / "metrics.jsonl", batch_size=recipe.optim.batch_size)
-    measure = Measure(heldout.measure, every=recipe.runtime.measure_every)
-    trainer = AlignmentTrainer(
-        model,
-        targets,
-        inputs.training,
-        optim=recipe.optim,
-        runtime=recipe.runtime,
-        output_dir=directory / "trainer",
-        workers=recipe.data.workers,
-        callbacks=[metrics, StopWhenDiverged(objective.student_kernel.check), measure],
-    )
-    measure.bind(trainer.log_measurement)
-    # Rows go to metrics.jsonl; printing each of them too would bury everything else.
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    if progress:
-        trainer.add_callback(AlignmentProgress)
+def _align(
+    inputs: AlignmentInputs,
+    run: RunDirectory,
+    *,
+    progress: bool,
+    finish: Callable[[Path], None] | None,
+) -> AlignmentResult:
+    parts = assemble(inputs, run, progress=progress)
     started = time.perf_counter()
+    before = float(run.state.get("seconds", 0.0))
+
+    def seconds() -> float:
+        return before + time.perf_counter() - started
+
+    def state() -> dict[str, Any]:
+        return {"processes": world_size(), "seconds": seconds(), **parts.state()}
+
+    parts.trainer.bind_checkpoints(run.store, state)
     try:
-        trainer.train()
+        with parts.interruption.listening():
+            parts.trainer.train(
+                resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint)
+            )
+        with fails_together():
+            run.store.wait()
     finally:
-        metrics.close()
-    seconds = time.perf_counter() - started
+        parts.metrics.close()
+    if parts.interruption.stopped_at is not None:
+        raise _interrupted(parts, run, steps=inputs.recipe.optim.steps or 0)
+    if parts.interruption.received is not None:
+        LOGGER.info("training was complete when the signal came: writing the result")
+    took = seconds()
+    with fails_together():
+        if rank() == 0:
+            parts.measure.measure_now(parts.trainer.state)
+            parts.metrics.close()
+            _write_result(inputs, parts, run.path, took)
+            if finish is not None:
+                finish(run.path)
+    return AlignmentResult(run.out, parts.measure.first, parts.measure.last, took)
+
+
+def _write_result(
+    inputs: AlignmentInputs, parts: Assembly, directory: Path, seconds: float
+) -> None:
+    measure = parts.measure
     LOGGER.info(
         "held-out kernel gap %.4g -> %.4g, mean cosine to the original %.3f, %.0f s",
         measure.first["heldout_kernel_gap"],
@@ -169,52 +189,41 @@ def _train(
         measure.last["heldout_drift_cosine_mean"],
         seconds,
     )
-    manifest = _manifest(
+    manifest = describe_run(
         inputs,
-        kernel={"initial": initial_kernel, "final": objective.student_kernel.constants()},
-        measured={"before": measure.first, "after": measure.last, "images": heldout.count},
+        kernel={"initial": parts.initial_kernel, "final": parts.kernel_constants},
+        measured={
+            "before": measure.first,
+            "after": measure.last,
+            "best": {"step": measure.best_step, **measure.best},
+            "images": parts.heldout.count,
+        },
+        steps=parts.trainer.state.global_step,
+        stopped_early=parts.early_stop.reason if parts.early_stop else None,
+        images_left_out=parts.unreadable.report(),
+        processes=world_size(),
+        seconds=round(seconds, 1),
     )
     save_tower(inputs.student, directory / "tower", manifest=manifest)
+    parts.attention.save(directory / "attention.npz")
     write_json(
         directory / "kernel_matrices.json",
-        {name: matrix.cpu().tolist() for name, matrix in heldout.kernel_matrices().items()},
+        {name: matrix.cpu().tolist() for name, matrix in parts.heldout.kernel_matrices().items()},
     )
-    return measure.first, measure.last, seconds
 
 
-def _manifest(
-    inputs: AlignmentInputs, *, kernel: dict[str, Any], measured: dict[str, Any]
-) -> dict[str, Any]:
-    recipe, student = inputs.recipe, inputs.student
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "tower",
-        "base_tower": {
-            "reference": str(recipe.student.model),
-            "revision": recipe.student.revision,
-            "layout": student.layout,
-            "fingerprint": inputs.base_fingerprint,
-        },
-        "teacher": {
-            "reference": str(recipe.teacher.model),
-            "fingerprint": inputs.teacher.fingerprint,
-            "readout": recipe.teacher.readout,
-            "normalisation": recipe.teacher.normalisation,
-            "image_size": inputs.teacher.image_size,
-        },
-        "objective": recipe.objective.model_dump(mode="json"),
-        "kernel": kernel,
-        "compat": recipe.compat,
-        "optim": recipe.optim.model_dump(mode="json"),
-        "runtime": recipe.runtime.model_dump(mode="json"),
-        "data": {
-            "images": len(inputs.images),
-            "trained_on": len(inputs.training),
-            "listing": inputs.listing,
-            "heldout": recipe.data.heldout or "taken out of the training folder",
-        },
-        "heldout": measured,
-        "versions": library_versions(),
-        "command": current_command(),
-        "created": utc_now(),
-    }
+def _interrupted(parts: Assembly, run: RunDirectory, *, steps: int) -> Interrupted:
+    return Interrupted(
+        f"interrupted at step {parts.interruption.stopped_at} of {steps}; go on with: "
+        f"{_resume_command(run)}",
+        exit_code=parts.interruption.exit_code,
+    )
+
+
+def _resume_command(run: RunDirectory) -> str:
+    """Return the command line that goes on with a run, as it was typed if that is known."""
+    if Path(sys.argv[0]).name == "kuea-mllm" and "align" in sys.argv:
+        words = [word for word in shlex.split(current_command()) if word != "--restart"]
+        return shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
+    recipe, out = str(run.path / RECIPE), str(run.out)
+    return shlex.join(["kuea-mllm", "align", "--recipe", recipe, "--out", out, "--resume"])

@@ -2,45 +2,92 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kuea_mllm.features import Features
+from kuea_mllm.objectives import Targets
 
-@dataclass(frozen=True)
-class Targets:
-    """What a batch is compared with; carries no gradient."""
+__all__ = ["FeatureModel", "LiveTargets", "TargetSource", "Targets", "TowerModel"]
 
-    teacher: Tensor  # (batch, teacher width)
-    original: Tensor  # (batch, student width)
+
+class FeatureModel(Protocol):
+    """A frozen vision model, as `kuea_mllm.teachers.Teacher` is one."""
+
+    def features(self, pixels01: Tensor, *, patches: bool) -> Features:
+        """Embed images (n, 3, size, size) in [0, 1]."""
+        ...
+
+
+class TowerModel(Protocol):
+    """A tower whose patch tokens can be read at any block, as `towers.encode.TowerEncoder`."""
+
+    def features(self, pixels01: Tensor, layer: int | None = None) -> Features:
+        """Embed images (n, 3, size, size) in [0, 1]."""
+        ...
 
 
 class TargetSource(Protocol):
-    """Anything that gives the targets of a batch: frozen towers today, a cache of them later."""
+    """Anything that gives the targets of a batch: frozen towers, or a cache of what they gave."""
 
-    def __call__(self, pixels: Tensor, index: Tensor) -> Targets:
+    def __call__(self, batch: Mapping[str, Tensor]) -> Targets:
         """Return the targets of a batch.
 
         Args:
-            pixels: (batch, 3, size, size) in [0, 1].
-            index: (batch,) positions in the image listing.
+            batch: On the device: "pixels" (images, 3, size, size) in [0, 1], "index" (images,)
+                positions in the listing, and what a caching data set added.
         """
         ...
 
 
 class LiveTargets:
-    """Run the frozen teacher and the frozen original tower on every batch.
+    """Run the frozen teachers and the frozen original tower on every batch.
 
-    Both are kept outside of the trained module, so that no checkpoint and no optimiser sees them.
+    All are kept outside of the trained module, so that no checkpoint and no optimiser sees them.
+
+    Args:
+        teachers: Frozen models; the recipe's `teacher` first.
+        original: The student as it was before training.
+        device: Where they run.
+        patch_layer: Hidden state of the original whose patch tokens are wanted, or None.
+        teacher_patches: Whether patch tokens of the teachers are wanted.
     """
 
-    def __init__(self, teacher: nn.Module, original: nn.Module, device: torch.device) -> None:
-        self.teacher = teacher.eval().requires_grad_(False).to(device)
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module],
+        original: nn.Module,
+        device: torch.device,
+        *,
+        patch_layer: int | None = None,
+        teacher_patches: bool = False,
+    ) -> None:
+        self.teachers = [model.eval().requires_grad_(False).to(device) for model in teachers]
         self.original = original.eval().requires_grad_(False).to(device)
+        self.patch_layer = patch_layer
+        self.teacher_patches = teacher_patches
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor, index: Tensor) -> Targets:
+    def __call__(self, batch: Mapping[str, Tensor]) -> Targets:
         """Return the targets of a batch; see `TargetSource`."""
-        return Targets(teacher=self.teacher(pixels), original=self.original(pixels))
+        pixels = batch["pixels"]
+        return Targets(
+            teachers=self.teacher_features(pixels), original=self.original_features(pixels)
+        )
+
+    @torch.no_grad()
+    def teacher_features(self, pixels01: Tensor) -> tuple[Features, ...]:
+        """Run the teachers only."""
+        return tuple(
+            model.features(pixels01, patches=self.teacher_patches)  # type: ignore[operator]
+            for model in self.teachers
+        )
+
+    @torch.no_grad()
+    def original_features(self, pixels01: Tensor) -> Features:
+        """Run the original tower only."""
+        features: Features = self.original.features(pixels01, self.patch_layer)  # type: ignore[operator]
+        return features

@@ -14,6 +14,15 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from kuea_mllm.errors import KueaError
+from kuea_mllm.launch import (
+    TIMEOUT_VARIABLE,
+    FailedElsewhere,
+    has_parent,
+    launched_rank,
+    lost_another,
+    report_failure,
+    timeout_minutes,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,28 +47,48 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        from kuea_mllm.log import configure_terminal
-
         debug = bool(os.environ.get("KUEA_MLLM_DEBUG"))
         quiet = bool(os.environ.get("KUEA_MLLM_QUIET")) or bool(kwargs.get("json_output"))
-        configure_terminal(verbose=debug, quiet=quiet)
+        _configure_log(debug=debug, quiet=quiet)
         try:
             return function(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt:
-            fail("interrupted.")
+            _end("interrupted.", INTERRUPTED)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            if debug:
+            # The output of other processes goes to files, where a traceback disturbs no one.
+            if debug or (has_parent() and launched_rank() > 0):
                 traceback.print_exc()
             if isinstance(error, KueaError):
-                fail(str(error))
+                _end(str(error), error.exit_code, is_echo=isinstance(error, FailedElsewhere))
                 raise typer.Exit(error.exit_code) from None
-            fail(_unexpected(error))
+            _end(_unexpected(error), 1, is_echo=lost_another(error))
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def _configure_log(*, debug: bool, quiet: bool) -> None:
+    import logging
+
+    from kuea_mllm.log import LOGGER, configure_terminal
+
+    configure_terminal(verbose=debug, quiet=quiet)
+    if launched_rank() > 0 and not has_parent():
+        # Process zero has said it. With a parent, the output of the others goes to files.
+        for handler in LOGGER.handlers:
+            handler.setLevel(logging.ERROR)
+
+
+def _end(message: str, exit_code: int, *, is_echo: bool = False) -> None:
+    """Print an error, or leave it to the parent or to the process that failed first."""
+    if has_parent():
+        report_failure(message, exit_code=exit_code, is_echo=is_echo)
+    elif not is_echo or launched_rank() == 0:
+        where = f"process {launched_rank()}: " if launched_rank() else ""
+        fail(where + message)
 
 
 def fail(message: str) -> None:
@@ -77,6 +106,11 @@ def print_json(content: Any) -> None:
 def _unexpected(error: Exception) -> str:
     kind = type(error).__name__
     text = " ".join(str(error).split()) or "no message"
+    if lost_another(error):
+        return (
+            f"process {launched_rank()} lost another process, which died or was silent for "
+            f"{timeout_minutes():g} minutes ({TIMEOUT_VARIABLE}): {text[:200]}"
+        )
     if "out of memory" in text.lower() or isinstance(error, MemoryError):
         return (
             f"out of memory: {text[:300]}\n"

@@ -16,6 +16,7 @@ class Format(StrEnum):
 
     HF = "hf"
     VISUAL = "visual"
+    OPENAI = "openai"
 
 
 @verb
@@ -23,15 +24,24 @@ def convert(
     source: Annotated[str, typer.Argument(help="HF directory, hub id or checkpoint file.")],
     destination: Annotated[
         Path | None,
-        typer.Argument(help="Directory (hf) or file (visual) to create.", show_default=False),
+        typer.Argument(
+            help="Directory (hf) or file (visual, openai) to create.", show_default=False
+        ),
     ] = None,
     to: Annotated[
         Format,
         typer.Option(
             help="hf: directory for from_pretrained; visual: open_clip visual state dict, as the "
-            "KUEA authors release."
+            "KUEA authors release; openai: full OpenAI CLIP state dict, as DIVA releases."
         ),
     ] = Format.HF,
+    text_from: Annotated[
+        str | None,
+        typer.Option(
+            help="With --to openai: full CLIP whose text tower is taken (OpenAI or open_clip state "
+            "dict, HF directory, hub id)."
+        ),
+    ] = None,
     activation: Annotated[
         str | None, typer.Option(help="quick_gelu or gelu, for files that do not state it.")
     ] = None,
@@ -50,6 +60,11 @@ def convert(
     if destination is None:
         raise typer.BadParameter("give DESTINATION, or --inspect to only look at SOURCE.")
 
+    if (to is Format.OPENAI) != (text_from is not None):
+        raise typer.BadParameter(
+            "--to openai and --text-from FULL_CLIP go together: OpenAI's format holds both halves."
+        )
+
     from kuea_mllm.io import atomic_directory, require_free_output
     from kuea_mllm.manifest import current_command, library_versions, utc_now
     from kuea_mllm.towers.load import load_tower
@@ -59,6 +74,10 @@ def convert(
     tower = load_tower(source, activation=activation, heads=heads)
     if to is Format.VISUAL:
         save_visual(tower, destination)
+    elif text_from is not None:
+        from kuea_mllm.towers.openai_export import save_openai
+
+        save_openai(tower, text_from, destination)
     else:
         manifest = {
             "kind": "tower",

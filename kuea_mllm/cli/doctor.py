@@ -13,7 +13,11 @@ from kuea_mllm.cli.common import Json, print_json, verb
 @verb
 def doctor(
     images: Annotated[
-        Path | None, typer.Option(help="Also decode every image of this folder.")
+        str | None,
+        typer.Option(
+            help="Also decode every image of this folder, list of files (.txt), tar shards, "
+            "parquet files, data set or pack."
+        ),
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -71,13 +75,15 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _check_images(folder: Path, *, show_progress: bool) -> list[str]:
+def _check_images(images: str, *, show_progress: bool) -> list[str]:
     from tqdm.auto import tqdm
 
-    from kuea_mllm.data.images import find_unreadable
+    from kuea_mllm.data.open import open_images
+    from kuea_mllm.data.source import check_images
 
-    found = find_unreadable(folder)
-    bar = tqdm(found, desc="decode", unit="image", disable=not show_progress)
+    source = open_images(images)
+    found = check_images(source)
+    bar = tqdm(found, "decode", len(source), unit="image", disable=not show_progress)
     return [problem for _, problem in bar if problem is not None]
 
 

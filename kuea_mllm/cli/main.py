@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType
 from typing import Annotated
 
@@ -12,15 +13,21 @@ import typer
 from kuea_mllm import __version__
 from kuea_mllm.cli import (
     align,
+    cache,
+    calibrate,
     compare,
     convert,
     doctor,
     evaluate,
+    pack,
+    plan,
     quickstart,
     recipes,
     swap,
+    sweep,
     world,
 )
+from kuea_mllm.launch import has_parent
 
 app = typer.Typer(
     name="kuea-mllm",
@@ -36,7 +43,11 @@ app = typer.Typer(
 for name, function, summary in (
     ("quickstart", quickstart.quickstart, "See the whole method on a tiny world, in minutes."),
     ("doctor", doctor.doctor, "Check this installation, or a folder of images."),
+    ("plan", plan.plan, "Memory, hours and disk of an alignment, without running it."),
+    ("calibrate", calibrate.calibrate, "Choose kernel constants from a few hundred images."),
+    ("pack", pack.pack, "Decode and crop images once, for faster training."),
     ("align", align.align, "Align a CLIP tower with a vision teacher."),
+    ("sweep", sweep.sweep, "Align at every combination of some settings."),
     ("swap", swap.swap, "Put an aligned tower into a multimodal LLM."),
     ("eval", evaluate.evaluate, "Score a multimodal LLM with lmms-eval."),
     ("compare", compare.compare, "Compare two evaluations, question by question."),
@@ -44,6 +55,7 @@ for name, function, summary in (
 ):
     app.command(name, short_help=summary)(function)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(cache.app, name="cache")
 app.add_typer(world.app, name="world", short_help="Build and study the mini world.")
 
 
@@ -84,6 +96,9 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def run() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminate)
+    if has_parent():
+        # For the run record and for messages: the command as it was typed.
+        sys.argv[0] = "kuea-mllm"
     app(prog_name="kuea-mllm")
 
 

@@ -15,7 +15,7 @@ app = typer.Typer(help="List, show, copy and validate recipes.", no_args_is_help
 @app.command("list")
 @verb
 def list_recipes(
-    kind: Annotated[str | None, typer.Argument(help="align or eval; all if left out.")] = None,
+    kind: Annotated[str | None, typer.Argument(help="align, eval or sweep; default all.")] = None,
     json_output: Json = False,
 ) -> None:
     """List the shipped recipes."""

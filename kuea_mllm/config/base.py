@@ -82,7 +82,7 @@ def _describe(schema: type[BaseModel], problem: Any) -> str:
 
 def _union_tags(location: tuple[Any, ...]) -> set[str]:
     # pydantic puts the discriminator's value into the path of a union; a reader has no such key.
-    tags = {"polynomial", "gaussian", "cosine"}
+    tags = {"polynomial", "gaussian", "cosine", "sum"}
     return {part for part in location if part in tags}
 
 

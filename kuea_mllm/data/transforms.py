@@ -1,4 +1,4 @@
-"""From a picture to the tensor in [0, 1] that student, original and teacher share.
+"""From a picture to the pixels that student, original and teacher share.
 
 Normalisation is not part of it: every model applies its own (see `towers.encode`).
 """
@@ -47,14 +47,18 @@ class ImageTransform:
         Returns:
             Pixels in [0, 1], float32, (3, image_size, image_size).
         """
-        if image.mode in {"P", "1"}:
-            # Pillow resizes these by nearest neighbour, whatever it is asked for. By way of RGBA,
-            # because it warns about palettes with transparency otherwise.
-            image = image.convert("RGBA").convert("RGB")
-        image = self._resized(image)
-        # Converted after resizing, as open_clip does. An alpha channel is dropped, not blended.
-        pixels = np.array(image.convert("RGB"))  # (height, width, 3), a copy that torch may own
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32) / 255
+        return torch.from_numpy(self.to_uint8(image)).to(torch.float32) / 255
+
+    def to_uint8(self, image: Image.Image) -> np.ndarray:
+        """Transform one picture without the division by 255 that `__call__` ends with.
+
+        Args:
+            image: A picture of any mode and size.
+
+        Returns:
+            Pixels in 0..255, uint8, (3, image_size, image_size), contiguous and writable.
+        """
+        return to_channels_first(self._resized(resizable(image)))
 
     def _resized(self, image: Image.Image) -> Image.Image:
         side = self.image_size
@@ -70,3 +74,24 @@ class ImageTransform:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = round((width - side) / 2), round((height - side) / 2)
         return image.crop((left, top, left + side, top + side))
+
+
+def resizable(image: Image.Image) -> Image.Image:
+    """Return the picture in a mode that Pillow can resize smoothly."""
+    if image.mode in {"P", "1"}:
+        # Pillow resizes these by nearest neighbour, whatever it is asked for. By way of RGBA,
+        # because it warns about palettes with transparency otherwise.
+        return image.convert("RGBA").convert("RGB")
+    return image
+
+
+def to_channels_first(image: Image.Image) -> np.ndarray:
+    """Return the pixels of a picture, uint8, (3, height, width), contiguous and writable."""
+    # Converted after resizing, as open_clip does. An alpha channel is dropped, not blended.
+    pixels = np.asarray(image.convert("RGB"))  # (height, width, 3)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def unit_pixels(pixels: Tensor) -> Tensor:
+    """Return pixels in [0, 1]; whole bytes travel from the decoding processes to the device."""
+    return pixels if pixels.is_floating_point() else pixels.to(torch.float32) / 255

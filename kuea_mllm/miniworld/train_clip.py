@@ -33,6 +33,8 @@ SCHEDULE = Schedule(steps=900, lr=2e-3)
 # The contrastive loss alone is still at chance after this many steps at this batch size.
 _WORD_LOSS_WEIGHT = 10.0
 _WORDS = (*DIGITS, *TEXTURES)
+# A CLIP of a broader domain than the teacher's sees these as well, in half of its pairs.
+BROAD_STYLES = ("sketch", "gray", "invert", "noisy", "blur")
 
 
 def train_clip(
@@ -40,6 +42,7 @@ def train_clip(
     *,
     seed: int,
     pairs: int = PAIRS,
+    is_broad: bool = False,
     schedule: Schedule = SCHEDULE,
     progress: bool = True,
 ) -> CLIPModel:
@@ -52,12 +55,17 @@ def train_clip(
         tokenizer: From `build_clip_tokenizer`.
         seed: Decides the pictures, the captions, the initial weights and the batches.
         pairs: Number of training pairs.
+        is_broad: Draw every other picture in one of `BROAD_STYLES` instead of the natural one.
         schedule: Steps and learning rate.
         progress: Whether to show a bar.
     """
     scenes = sample_scenes(pairs, "train", seed=seed)
     rng = np.random.default_rng([seed, 2])
     images = render_scenes(scenes, rng)
+    if is_broad:
+        for offset, style in enumerate(BROAD_STYLES):
+            rows = slice(2 * offset, None, 2 * len(BROAD_STYLES))
+            images[rows] = render_scenes(scenes[rows], rng, style)
     captions = [caption_scene(scene, rng) for scene in scenes]
     tokens = tokenize_captions(tokenizer, captions)
     words = _mentioned_words(captions)

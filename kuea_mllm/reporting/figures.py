@@ -19,115 +19,27 @@ from kuea_mllm.reporting.drawing import (
     BLUE,
     GREY,
     ORANGE,
-    Row,
-    draw_lines,
     drawing_style,
     figure_svg,
-    make_panels,
-    read_series,
     save_figure,
     say_empty,
-    set_log_scale,
-    spans_decades,
 )
 from kuea_mllm.reporting.text import short_name
 from kuea_mllm.reporting.view import parse_comparison
 
 __all__ = [
-    "drift_curves",
     "figure_svg",
     "kernel_matrices",
-    "kernel_parameters",
-    "loss_curves",
     "paired_differences",
     "save_figure",
 ]
 
 MAX_KERNEL_ITEMS = 256
-_HELDOUT_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
-    (
-        "gap to the\nteacher's kernel",
-        {
-            "heldout_kernel_gap": "aligned tower",
-            "heldout_kernel_gap_original": "original tower, same kernel",
-        },
-    ),
-    ("cosine to the\noriginal embedding", {"heldout_drift_cosine_mean": "mean"}),
-    (
-        "distance to the\noriginal embedding",
-        {"heldout_drift_distance_mean": "mean", "heldout_drift_distance_max": "largest"},
-    ),
-)
 _VERDICT_LOOK = {
     "better": (BLUE, "^", True),
     "worse": (ORANGE, "v", True),
     "cannot tell": (GREY, "o", False),
 }
-
-
-def loss_curves(rows: Sequence[Row]) -> Figure:
-    """Draw the loss and its terms before weighting over the steps, each on its own scale.
-
-    The terms differ by orders of magnitude, so that on one scale the kernel gap would be a flat
-    line. Panels without any logged value are left out.
-
-    Args:
-        rows: Lines of `metrics.jsonl`; those without a loss are skipped.
-    """
-    labels = {
-        "loss": "total loss",
-        "loss_kernel": "kernel gap,\nunweighted",
-        "loss_feature": "feature gap,\nunweighted",
-        "loss_preserve": "preservation,\nunweighted",
-    }
-    shown = [name for name in labels if any(name in row for row in rows)] or ["loss"]
-    with drawing_style():
-        figure, panels = make_panels(len(shown))
-        for axes, name in zip(panels, shown, strict=True):
-            if set_log := spans_decades(
-                draw_lines(axes, rows, {name: labels[name]}, with_legend=False)
-            ):
-                set_log_scale(axes)
-            axes.set_ylabel(labels[name] + (" (log scale)" if set_log else ""))
-        panels[-1].set_xlabel("step")
-    return figure
-
-
-def kernel_parameters(rows: Sequence[Row]) -> Figure:
-    """Draw the parameters of the student's kernel over the steps, each on its own scale."""
-    with drawing_style():
-        figure, panels = make_panels(2)
-        for axes, key, label in zip(
-            panels,
-            ("kernel_gamma", "kernel_coef0"),
-            ("scale gamma", "offset coef0"),
-            strict=True,
-        ):
-            draw_lines(axes, rows, {key: label}, with_legend=False)
-            axes.set_ylabel(label)
-        panels[-1].set_xlabel("step")
-    return figure
-
-
-def drift_curves(rows: Sequence[Row]) -> Figure:
-    """Draw the held-out measurements: gap to the teacher, distance to the original embedding.
-
-    Panels without any logged value are left out.
-    """
-    panels_with_values = [
-        (label, names)
-        for label, names in _HELDOUT_PANELS
-        if any(read_series(rows, key)[0].size for key in names)
-    ]
-    with drawing_style():
-        figure, panels = make_panels(max(1, len(panels_with_values)))
-        for axes, (label, names) in zip(panels, panels_with_values, strict=False):
-            draw_lines(axes, rows, names, with_legend=len(names) > 1, marker="o")
-            axes.set_ylabel(label)
-        if not panels_with_values:
-            say_empty(panels[0])
-        panels[-1].set_xlabel("step")
-    return figure
 
 
 def kernel_matrices(

@@ -21,7 +21,27 @@ FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 _SAFE, _SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json", "kuea.json"]
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+_CONFIGS = [
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "kuea.json",
+    OPEN_CLIP_CONFIG,
+]
+# In the order of preference, one kind of weights is fetched and no more. transformers' and timm's
+# names first; openai/clip-vit-large-patch14-336, for instance, has the old format only.
+_WEIGHTS = (
+    ["model*.safetensors", _SAFE_INDEX],
+    [*(name for name in OPEN_CLIP_WEIGHTS if name.endswith(".safetensors"))],
+    ["pytorch_model*.bin", _TORCH_INDEX],
+    [OPEN_CLIP_WEIGHTS[-1]],
+)
 # "name" or "owner/name", as the Hub allows; anything else can only have been meant as a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -112,6 +132,16 @@ def read_directory_weights(directory: Path, wanted: Callable[[str], bool]) -> di
     )
 
 
+def is_open_clip_repository(directory: Path) -> bool:
+    """Tell whether a directory is to be read by its open_clip_config.json.
+
+    Repositories that hold transformers weights as well are read by those.
+    """
+    hf = (_SAFE, _SAFE_INDEX, _TORCH, _TORCH_INDEX)
+    has_hf = (directory / "config.json").exists() and any((directory / n).exists() for n in hf)
+    return (directory / OPEN_CLIP_CONFIG).exists() and not has_hf
+
+
 def read_image_processor_config(directory: Path) -> tuple[str, dict[str, Any]] | None:
     """Return the image processor's file name and settings, None if the directory has none."""
     # Where transformers >= 5 puts the image processor of a CLIPProcessor; it wins there too.
@@ -169,10 +199,10 @@ def _fetch(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
     try:
-        directory = download([*_CONFIGS, "model*.safetensors", _SAFE_INDEX])
-        if not any(directory.glob("model*.safetensors")):
-            # For instance openai/clip-vit-large-patch14-336, which has the old format only.
-            directory = download([*_CONFIGS, "pytorch_model*.bin", _TORCH_INDEX])
+        for patterns in _WEIGHTS:
+            directory = download([*_CONFIGS, *patterns])
+            if any(path for pattern in patterns for path in directory.glob(pattern)):
+                break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise TowerError(

@@ -56,12 +56,8 @@ def canonical_to_visual(state: Mapping[str, Tensor], where: str = "the tower") -
     converted = {old: source.take(new) for old, new in keys.CLIP_OUTER.items()}
     converted["proj"] = source.take(keys.PROJECTION).T.contiguous()
     for index in range(count_blocks(state, keys.HF_BLOCK)):
-        old, new = f"{keys.VISUAL_BLOCK}{index}.", f"{keys.HF_BLOCK}{index}."
-        for kind in ("weight", "bias"):
-            for ours, theirs in keys.CLIP_BLOCK_MODULES.items():
-                converted[f"{old}{ours}.{kind}"] = source.take(f"{new}{theirs}.{kind}")
-            parts = [source.take(f"{new}self_attn.{part}.{kind}") for part in _PARTS]
-            converted[f"{old}attn.in_proj_{kind}"] = torch.cat(parts)
+        new = f"{keys.VISUAL_BLOCK}{index}."
+        converted |= _take_hf_block(source, f"{keys.HF_BLOCK}{index}.", new)
     source.finish()
     return converted
 
@@ -187,6 +183,24 @@ def openai_text_to_hf(text: Mapping[str, Tensor], where: str = "the state dict")
     return converted
 
 
+def hf_text_to_openai(state: Mapping[str, Tensor], where: str = "the state dict") -> State:
+    """Convert the text half of a transformers `CLIPModel` to OpenAI's names, logit scale included.
+
+    Raises:
+        TowerError: If a key is unknown or missing.
+    """
+    source = _Strict(state, where)
+    converted = {old: source.take(new) for old, new in keys.TEXT_OUTER.items()}
+    converted["text_projection"] = source.take("text_projection.weight").T.contiguous()
+    converted["logit_scale"] = source.take("logit_scale")
+    prefix = f"text_model.{keys.HF_BLOCK}"
+    for index in range(count_blocks(state, prefix)):
+        new = f"{keys.VISUAL_BLOCK}{index}."
+        converted |= _take_hf_block(source, f"{prefix}{index}.", new)
+    source.finish()
+    return converted
+
+
 def count_blocks(names: Iterable[str], prefix: str) -> int:
     """Return one more than the highest block number below `prefix`, zero without blocks."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
@@ -240,6 +254,16 @@ def _take_clip_block(source: _Strict, old: str, new: str) -> State:
         parts = _cut_in_three(source.take(name), name, source._where)
         for part_name, part in zip(_PARTS, parts, strict=True):
             converted[f"{new}self_attn.{part_name}.{kind}"] = part
+    return converted
+
+
+def _take_hf_block(source: _Strict, old: str, new: str) -> State:
+    converted = {}
+    for kind in ("weight", "bias"):
+        for theirs, ours in keys.CLIP_BLOCK_MODULES.items():
+            converted[f"{new}{theirs}.{kind}"] = source.take(f"{old}{ours}.{kind}")
+        parts = [source.take(f"{old}self_attn.{part}.{kind}") for part in _PARTS]
+        converted[f"{new}attn.in_proj_{kind}"] = torch.cat(parts)
     return converted
 
 

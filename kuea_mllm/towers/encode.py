@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kuea_mllm.errors import TowerError
+from kuea_mllm.features import Features
 from kuea_mllm.towers.spec import Triple
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ def normalise(pixels01: Tensor, mean: Triple, std: Triple) -> Tensor:
     """
     # Made anew in the dtype of the pixels: constants kept in a float32 buffer would cost a float64
     # run 1e-7, which is more than the golden traces allow.
-    shift, scale = (pixels01.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    # Filled on the device: copying a list of numbers to a GPU makes the host wait for all its work.
+    shift, scale = (
+        torch.cat([pixels01.new_full((1, 1, 1), value) for value in values])
+        for values in (mean, std)
+    )  # (3, 1, 1)
     return (pixels01 - shift) / scale
 
 
@@ -63,24 +68,33 @@ class TowerEncoder(nn.Module):
         Returns:
             Embeddings, (n, embedding_width), in the dtype of the weights.
         """
-        output = self.model(pixel_values=self._pixels(pixels01))
-        embedding = output.image_embeds if self.spec.family == "clip" else output.pooler_output
-        return cast(Tensor, embedding)
+        return self.features(pixels01).pooled
 
-    def forward_tokens(self, pixels01: Tensor, layer: int = -2) -> Tensor:
-        """Return the patch tokens of one hidden state, without class token and final norm.
+    def features(self, pixels01: Tensor, layer: int | None = None) -> Features:
+        """Return pooled embeddings and, from the same pass, the patch tokens of one hidden state.
 
         Args:
             pixels01: Images in [0, 1], (n, 3, image_size, image_size).
             layer: Index into the hidden states: 0 is the input of the first block, i + 1 the output
-                of block i, -2 the tap of LLaVA-1.5.
+                of block i, -2 the tap of LLaVA-1.5. None gives no patch tokens.
 
         Returns:
-            Tokens, (n, patches, width), row-major.
+            Pooled embeddings as of `forward`; tokens without class token and final norm.
         """
-        states = self.hidden_states(pixels01)
+        wants_patches = layer is not None
+        output: Any = self.model(
+            pixel_values=self._pixels(pixels01), output_hidden_states=wants_patches
+        )
+        pooled = output.image_embeds if self.spec.family == "clip" else output.pooler_output
         # Taken from the block: open_clip >= 2.23 would return tokens after the final norm.
-        return states[layer][:, self.spec.prefix_tokens :]
+        tokens = (
+            output.hidden_states[layer][:, self.spec.prefix_tokens :] if wants_patches else None
+        )
+        return Features(pooled, tokens)
+
+    def forward_tokens(self, pixels01: Tensor, layer: int = -2) -> Tensor:
+        """Return the patch tokens of one hidden state, (n, patches, width); see `features`."""
+        return cast(Tensor, self.features(pixels01, layer).patches)
 
     def hidden_states(self, pixels01: Tensor) -> tuple[Tensor, ...]:
         """Return the input of the first block and the output of every block, class token first."""

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from kuea_mllm.errors import TowerError
 from kuea_mllm.towers import convert, keys
-from kuea_mllm.towers.checkpoints import read_checkpoint_file, resolve_source
+from kuea_mllm.towers.checkpoints import (
+    is_open_clip_repository,
+    read_checkpoint_file,
+    resolve_source,
+)
 from kuea_mllm.towers.spec import Family
 
 LAYOUTS = {
@@ -23,6 +27,7 @@ LAYOUTS = {
     "open_clip_siglip": "full open_clip SigLIP state dict (timm trunk and text half)",
     "hf": "transformers weights of a CLIP or SigLIP vision tower",
     "hf_directory": "Hugging Face model directory",
+    "open_clip_directory": "open_clip repository (open_clip_config.json)",
 }
 
 _ROBUSTVLM = "vision_encoder_state_dict"
@@ -78,6 +83,11 @@ def describe_checkpoint(path: str | Path) -> CheckpointShape:
     found = resolve_source(path)
     if found.is_dir():
         # A directory says more than its weights do; load_tower reads both.
+        if is_open_clip_repository(found):
+            from kuea_mllm.towers.open_clip_repository import read_open_clip_tower
+
+            state, _ = read_open_clip_tower(found)
+            return measure(state, "open_clip_directory", str(found))
         from kuea_mllm.towers.load import read_directory
 
         state, _ = read_directory(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.io import read_json
 from kuea_mllm.towers import checkpoints, convert, keys
 from kuea_mllm.towers.layouts import CheckpointShape, measure, read_file
+from kuea_mllm.towers.open_clip_repository import read_open_clip_tower
 from kuea_mllm.towers.spec import (
     ACTIVATIONS,
     Preprocessing,
@@ -36,6 +38,7 @@ _VISION_CONFIGS = {
 }
 _LAYER_NORM_EPS = {"clip": 1e-5, "siglip": 1e-6}
 _OPENAI_HEAD_WIDTH = 64
+_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as stored in a preprocessor_config.json
 
 
 def load_tower(
@@ -50,7 +53,8 @@ def load_tower(
 
     Args:
         source: A Hugging Face directory or Hub id (vision model, or full model whose vision half is
-            taken), or a checkpoint file of a layout in `layouts.LAYOUTS`.
+            taken), an open_clip repository (directory or Hub id, by its open_clip_config.json), or
+            a checkpoint file of a layout in `layouts.LAYOUTS`.
         activation: "quick_gelu", "gelu" or "gelu_pytorch_tanh". Files do not state it, so bare CLIP
             state dicts need it; a full OpenAI dict implies quick_gelu, a timm trunk gelu.
         heads: Number of attention heads. Files do not state it either; CLIP's rule width / 64 is
@@ -71,6 +75,8 @@ def load_tower(
             f"unknown activation {activation!r}.", f"Known are: {', '.join(ACTIVATIONS)}."
         )
     path = checkpoints.resolve_source(source, revision=revision)
+    if path.is_dir() and checkpoints.is_open_clip_repository(path):
+        return _load_open_clip(path, str(source), activation, heads, dtype)
     if path.is_dir():
         return _load_directory(path, str(source), activation, heads, dtype)
     state, layout = read_file(path)
@@ -142,10 +148,10 @@ def _load_directory(
 ) -> Tower:
     state, config = read_directory(directory)
     shape = measure(state, "hf_directory", str(directory))
-    _require_stated(directory, "hidden_act", config["hidden_act"], activation, "--activation")
-    _require_stated(
-        directory, "num_attention_heads", config["num_attention_heads"], heads, "--heads"
-    )
+    where = directory / "config.json"
+    _require_stated(where, "hidden_act", config["hidden_act"], activation, "--activation")
+    _require_stated(where, "num_attention_heads", config["num_attention_heads"], heads, "--heads")
+    shape = _with_stated_size(shape, config["image_size"])
     for key, measured in (
         ("image_size", shape.image_size),
         ("patch_size", shape.patch_size),
@@ -171,11 +177,48 @@ def _load_directory(
     )
 
 
-def _require_stated(directory: Path, key: str, stated: object, given: object, flag: str) -> None:
+def _load_open_clip(
+    directory: Path,
+    source: str,
+    activation: str | None,
+    heads: int | None,
+    dtype: torch.dtype,
+) -> Tower:
+    state, stated = read_open_clip_tower(directory)
+    shape = measure(state, "open_clip_directory", str(directory))
+    shape = _with_stated_size(shape, stated.image_size)
+    if shape.image_size != stated.image_size:
+        raise TowerMismatch(
+            f"{directory}: open_clip_config.json says image_size {stated.image_size}, the weights "
+            f"say {shape.image_size}.",
+            "The configuration belongs to another tower.",
+        )
+    where = directory / "open_clip_config.json"
+    _require_stated(where, "activation", stated.activation, activation, "--activation")
+    _require_stated(where, "heads", stated.heads, heads, "--heads")
+    spec = _make_spec(
+        shape,
+        activation=stated.activation,
+        heads=stated.heads,
+        layer_norm_eps=stated.layer_norm_eps,
+        preprocessing=stated.preprocessing,
+    )
+    model = build_model(spec, state, where=str(directory), dtype=dtype)
+    return Tower(model, spec, source, "open_clip_directory")
+
+
+def _with_stated_size(shape: CheckpointShape, image_size: int) -> CheckpointShape:
+    """Return the shape with a stated size that cuts off a rest, such as 384 for patches of 14."""
+    if image_size // shape.patch_size == shape.image_size // shape.patch_size:
+        return replace(shape, image_size=image_size)
+    return shape
+
+
+def _require_stated(where: Path, key: str, stated: object, given: object, flag: str) -> None:
     if given is not None and given != stated:
         raise TowerMismatch(
-            f"{directory}: config.json says {key} {stated}, {flag} {given} was given.",
-            f"Leave {flag} out: the directory states it.",
+            f"{where} says {key} {stated}, {flag} {given} was given.",
+            f"Leave {flag} out: the source states it.",
         )
 
 
@@ -195,6 +238,12 @@ def _read_preprocessing(directory: Path, shape: CheckpointShape) -> Preprocessin
         return chosen
     where, content = found
     parsed = parse_preprocessor(content, where)
+    if content.get("resample", _BICUBIC) != _BICUBIC:
+        logger.warning(
+            "%s resizes with filter %s (2 is bilinear), kuea-mllm always with bicubic.",
+            where,
+            content["resample"],
+        )
     for side in (parsed.image_size, parsed.resize_to):
         if side != shape.image_size:
             raise TowerMismatch(
@@ -232,7 +281,9 @@ def _make_spec(
 
 def _implied_activation(shape: CheckpointShape, where: str) -> str:
     implied = {"openai": "quick_gelu", "trunk": "gelu", "open_clip_siglip": "gelu"}
-    if shape.layout in implied:
+    # open_clip's own trainings are stored in the same layout, most of them with GELU.
+    is_open_clip = where.endswith(checkpoints.OPEN_CLIP_WEIGHTS)
+    if shape.layout in implied and not (shape.layout == "openai" and is_open_clip):
         activation = implied[shape.layout]
         logger.info("%s: activation %s, from its layout (%s).", where, activation, shape.layout)
         return activation
@@ -241,7 +292,7 @@ def _implied_activation(shape: CheckpointShape, where: str) -> str:
         "scores without any warning.",
         "Pass --activation quick_gelu (OpenAI's weights and all that were fine-tuned from them, "
         "KUEA's included) or --activation gelu (most open_clip trainings; SigLIP of "
-        "transformers: gelu_pytorch_tanh).",
+        "transformers: gelu_pytorch_tanh), or give the whole directory if it states it.",
     )
 
 

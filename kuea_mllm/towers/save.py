@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from kuea_mllm.errors import OutputError, TowerError
 from kuea_mllm.io import disk_errors_named, require_free_output, write_json
@@ -110,6 +112,16 @@ def save_visual(tower: Tower, path: Path) -> None:
         OutputError: If `path` exists or has another suffix.
         EnvironmentFailure: If the disk is full.
     """
+    write_state(export_visual(tower), path)
+
+
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict to a new file, `.safetensors` or (`.pt`, `.pth`) by `torch.save`.
+
+    Raises:
+        OutputError: If `path` exists or has another suffix.
+        EnvironmentFailure: If the disk is full.
+    """
     path = Path(path)
     if path.suffix not in {".safetensors", ".pt", ".pth"}:
         raise OutputError(
@@ -118,13 +130,18 @@ def save_visual(tower: Tower, path: Path) -> None:
         )
     require_free_output(path)
     # Cloned: torch.save would write the whole storage behind every slice.
-    state = {n: t.detach().cpu().clone().contiguous() for n, t in export_visual(tower).items()}
+    state = {
+        # Plain numbers are among OpenAI's metadata.
+        name: value.detach().cpu().clone().contiguous() if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
     partial = path.with_name(f".{path.name}.partial")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
         with disk_errors_named(path):
             if path.suffix == ".safetensors":
-                save_file(state, partial, metadata={"format": "pt"})
+                tensors = {name: torch.as_tensor(value) for name, value in state.items()}
+                save_file(tensors, partial, metadata={"format": "pt"})
             else:
                 torch.save(state, partial)
             partial.replace(path)

@@ -114,8 +114,8 @@ def parse_preprocessor(config: Mapping[str, Any], where: str) -> Preprocessing:
     return Preprocessing(
         image_size=_side(final, where),
         resize_to=_side(size if config.get("do_resize", True) else final, where),
-        mean=_triple(config.get("image_mean"), "image_mean", where),
-        std=_triple(config.get("image_std"), "image_std", where),
+        mean=parse_triple(config.get("image_mean"), "image_mean", where),
+        std=parse_triple(config.get("image_std"), "image_std", where),
         resize="squash" if squashes else "shortest_edge",
     )
 
@@ -128,7 +128,12 @@ def _side(size: object, where: str) -> int:
     return side
 
 
-def _triple(value: object, key: str, where: str) -> Triple:
+def parse_triple(value: object, key: str, where: str) -> Triple:
+    """Read one number per channel.
+
+    Raises:
+        TowerError: If it is no list of three.
+    """
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         raise TowerError(f"{where}: {key} must be a list of three numbers, not {value!r}.")
     red, green, blue = (float(v) for v in value)

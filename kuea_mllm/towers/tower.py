@@ -101,6 +101,25 @@ def build_model(
     return cast(PreTrainedModel, model.eval())
 
 
+def build_meta_model(spec: TowerSpec, *, has_projection: bool = True) -> PreTrainedModel:
+    """Build the transformers model of a spec on the meta device: shapes, but no memory.
+
+    For counting parameters and operations before anything is loaded.
+
+    Args:
+        spec: Architecture.
+        has_projection: Whether a CLIP tower has its projection.
+
+    Raises:
+        TowerError: If the head count does not divide the width.
+    """
+    config, model_class = _architecture(spec, has_projection=has_projection)
+    make: Any = model_class._from_config
+    with torch.device("meta"), no_init_weights():
+        model = make(config, attn_implementation="sdpa")
+    return cast(PreTrainedModel, model.eval())
+
+
 def _architecture(
     spec: TowerSpec, *, has_projection: bool
 ) -> tuple[PretrainedConfig, type[PreTrainedModel]]:

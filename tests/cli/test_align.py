@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,13 +79,13 @@ def test_compat_released_is_resolved_into_its_switches(kuea, align_arguments):
 
 BAD_OPTIONS = {
     "missing image folder": (["--images=no/such/folder"], "no/such/folder", "does not exist"),
-    "image folder is a file": ([f"--images={__file__}"], "is not a folder"),
+    "image folder is a file": ([f"--images={__file__}"], __file__, "of an unknown kind"),
     "unknown recipe": (["--recipe=align/miniwrld"], "align/miniworld"),
     "unknown key": (["--set=optim.learning_rate=1"], "optim.learning_rate", "unknown key"),
     "wrong type": (["--set=optim.lr=fast"], "optim.lr", "'fast'"),
     "out of range": (["--set=optim.lr=-1"], "optim.lr", "greater than 0"),
     "warm-up longer than the run": (["--set=optim.warmup_steps=9"], "optim.warmup_steps (9)"),
-    "nothing to learn": (["--set=objective.kernel_weight=0"], "objective.kernel_weight"),
+    "nothing to learn": (["--set=objective.kernel_weight=0"], "every weight that pulls"),
     "batch larger than the data": (["--batch-size=4096"], "images", "one batch of 4096"),
     "student that does not exist": (["--student=./nowhere"], "./nowhere"),
     "device that does not exist": (["--device=mps"], "mps"),
@@ -197,26 +198,94 @@ def test_diverged_run_names_the_term(kuea, align_arguments, tmp_path):
     assert leftovers(tmp_path / "out.diverged") == ["metrics.jsonl", "run.log", "run.yaml"]
 
 
+def wait_for(condition, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    assert condition(), process.communicate()
+
+
+def started(arguments):
+    # A session of its own, so that a signal can go to all processes as Ctrl-C and schedulers do.
+    return subprocess.Popen(
+        [sys.executable, "-m", "kuea_mllm", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_leaves_nothing_behind(align_arguments, tmp_path, stop):
-    long_run = [*align_arguments, "--steps=100000"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "kuea_mllm", *long_run], stderr=subprocess.PIPE, text=True
-    ) as process:
-        partial = None
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            partial = next(tmp_path.glob(".out.partial-*/metrics.jsonl"), None)
-            if partial is not None and partial.stat().st_size > 0:
-                break
-            time.sleep(0.1)
-        assert partial is not None, process.communicate()
-        process.send_signal(stop)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in err
+def test_interrupted_run_is_saved_and_resumed(kuea, align_arguments, tmp_path, stop):
+    steps = 400
+    arguments = [
+        *align_arguments,
+        f"--steps={steps}",
+        "--set=data.workers=1",
+        "--set=data.heldout_count=6",
+        "--set=runtime.log_every=1",
+    ]
+    unfinished = tmp_path / "out.unfinished"
+    metrics = unfinished / "metrics.jsonl"
+    with started(arguments) as process:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 4, process)
+        os.killpg(process.pid, stop)
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 128 + stop
     assert "Traceback" not in err
-    assert leftovers(tmp_path) == []
+    line = next(line for line in err.splitlines() if "interrupted at step" in line)
+    step = int(line.split("at step ")[1].split()[0])
+    assert f"of {steps}; go on with: kuea-mllm align " in line
+    assert line.endswith("--resume")
+    assert leftovers(tmp_path) == ["out.unfinished"]
+    assert leftovers(unfinished / "checkpoints") == [f"checkpoint-{step}"]
+
+    # Neither begun anew nor gone on with by accident.
+    refused = kuea(*arguments)
+    assert refused.code == 2
+    assert f"saved at step {step} of {steps}" in refused.err
+    assert "--resume" in refused.err
+    assert leftovers(tmp_path) == ["out.unfinished"]
+
+    command = line.split("go on with: kuea-mllm ")[1]
+    with started(shlex.split(command)) as process:
+        wait_for(lambda: metrics.read_text().count("\n") > step + 4, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    steps_logged = [row["step"] for row in rows_of(metrics) if "loss" in row]
+    assert steps_logged[: step + 2] == list(range(1, step + 3))
+    assert "resumed from" in (unfinished / "run.log").read_text()
+
+
+def test_tensorboard_gets_the_rows(kuea, align_arguments, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    answer = kuea(*align_arguments, "--set=runtime.trackers=[tensorboard]")
+    assert answer.code == 0, answer.err
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/loss_kernel")}
+    rows = [row for row in rows_of(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert logged == {row["step"]: pytest.approx(row["loss_kernel"]) for row in rows}
+    measured = events.Scalars("train/heldout_kernel_gap")
+    assert [event.step for event in measured] == [0, 3]
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_recomputed_activations_give_the_same_result(kuea, align_arguments, tmp_path):
+    options = {"plain": [], "recomputed": ["--set=runtime.gradient_checkpointing=true"]}
+    rows = []
+    for name, more in options.items():
+        answer = kuea(*align_arguments, f"--out={tmp_path / name}", *more)
+        assert answer.code == 0, answer.err
+        rows.append(rows_of(tmp_path / name / "metrics.jsonl")[-1]["heldout_kernel_gap"])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+    log = (tmp_path / "recomputed" / "run.log").read_text()
+    assert "gradient_checkpointing" in log
+    assert "towers are not compiled (auto: it pays on CUDA, this is cpu)" in log
 
 
 def test_write_failure_of_a_real_file_system(align_arguments, tmp_path):

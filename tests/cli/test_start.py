@@ -43,7 +43,10 @@ def test_version(kuea):
 
 @pytest.mark.parametrize(
     "verb",
-    ["align", "swap", "eval", "compare", "convert", "doctor", "quickstart", "recipes", "world"],
+    [
+        *("quickstart", "doctor", "plan", "calibrate", "pack", "align", "sweep", "swap", "eval"),
+        *("compare", "convert", "recipes", "cache", "world"),
+    ],
 )
 def test_every_verb_has_help(kuea, verb):
     answer = kuea(verb, "--help")

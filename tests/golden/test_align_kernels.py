@@ -10,8 +10,16 @@ from golden_files import prefixes, relative_error, tensors
 from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor, nn
 
+from kuea_mllm.features import Features
 from kuea_mllm.kernels import CosineKernel, GaussianKernel, Kernel, PolynomialKernel
-from kuea_mllm.objectives import FeatureAlignmentObjective, KernelAlignmentObjective, kernel_gap
+from kuea_mllm.objectives import (
+    FeatureTerm,
+    KernelTerm,
+    Objective,
+    PreservationTerm,
+    Targets,
+    kernel_gap,
+)
 
 FILE = "kernels.safetensors"
 CASES = prefixes(FILE, ".student")
@@ -43,15 +51,24 @@ class Case:
         self.expected = {key: t for key, t in mine.items() if key not in INPUTS}
         self.preserve_weight, self.penalty = (float(w) for w in mine["weights"])
 
+    @property
+    def targets(self) -> Targets:
+        """Teacher and original embeddings, as an objective takes them."""
+        return Targets((Features(self["target"]),), Features(self["original"]))
+
     def __getitem__(self, name: str) -> Tensor:
         return self.inputs[name]
 
     def student_kernel(self, kind: str) -> Kernel:
         if kind == "poly":
             gamma, coef0 = (float(v) for v in self["poly_params"])
-            return PolynomialKernel(gamma, coef0, trainable=True, dtype=self.dtype)
+            return PolynomialKernel(
+                gamma, coef0, trainable=True, parametrisation="direct", dtype=self.dtype
+            )
         if kind == "gauss":
-            return GaussianKernel(float(self["gauss_sigmas"][0]), True, dtype=self.dtype)
+            return GaussianKernel(
+                float(self["gauss_sigmas"][0]), True, parametrisation="direct", dtype=self.dtype
+            )
         return CosineKernel()
 
     def target_kernel(self, kind: str) -> Kernel:
@@ -74,16 +91,17 @@ def evaluate_pair(case: Case, pair: str) -> dict[str, Tensor]:
     """Compute every quantity of one pair of kernels."""
     kind, target_kind = pair.split("-")
     student = case["student"].clone().requires_grad_()
-    objective = KernelAlignmentObjective(
-        case.student_kernel(kind),
-        case.target_kernel(target_kind),
-        kernel_weight=case.penalty,
-        preserve_weight=case.preserve_weight,
+    kernel, target_kernel = case.student_kernel(kind), case.target_kernel(target_kind)
+    objective = Objective(
+        [
+            KernelTerm(kernel, target_kernel, weight=case.penalty),
+            PreservationTerm(weight=case.preserve_weight),
+        ]
     )
-    found = objective(student, case["target"], case["original"])
+    found = objective(Features(student), case.targets)
     parameters = list(objective.parameters())
     grad_student, *grad_parameters = torch.autograd.grad(found.total, [student, *parameters])
-    gap = kernel_gap(objective.student_kernel(student), objective.teacher_kernel(case["target"]))
+    gap = kernel_gap(kernel(student), target_kernel(case["target"]))
     result = {
         "kernel_loss": found.terms["kernel"],
         "preserve_loss": found.terms["preserve"],
@@ -99,15 +117,11 @@ def evaluate_pair(case: Case, pair: str) -> dict[str, Tensor]:
 def evaluate_feature(case: Case) -> dict[str, Tensor]:
     """Compute every quantity of the feature-alignment baseline."""
     student = case["student"].clone().requires_grad_()
-    objective = FeatureAlignmentObjective(
-        student.shape[1],
-        case["target"].shape[1],
-        feature_weight=case.penalty,
-        preserve_weight=case.preserve_weight,
-    )
-    objective.feature_map = nn.Parameter(case["feature_map"].clone())
-    found = objective(student, case["target"], case["original"])
-    grads = torch.autograd.grad(found.total, [student, objective.feature_map])
+    term = FeatureTerm(student.shape[1], case["target"].shape[1], weight=case.penalty)
+    term.feature_map = nn.Parameter(case["feature_map"].clone())
+    objective = Objective([term, PreservationTerm(weight=case.preserve_weight)])
+    found = objective(Features(student), case.targets)
+    grads = torch.autograd.grad(found.total, [student, term.feature_map])
     return {
         "feature.feature_loss": found.terms["feature"],
         "feature.preserve_loss": found.terms["preserve"],

@@ -26,6 +26,7 @@ from kuea_mllm.towers.encode import TowerEncoder
 from kuea_mllm.towers.fingerprint import fingerprint_state
 from kuea_mllm.towers.interpolate import resize_position_embedding, resize_tower
 from kuea_mllm.towers.load import Tower, load_tower
+from kuea_mllm.towers.openai_export import save_openai
 from kuea_mllm.towers.save import export_visual, save_tower, save_visual
 
 # Of a reference's largest number where that exceeds one, as tokens of deep blocks do.
@@ -213,6 +214,26 @@ def test_text_half_survives_a_change_of_the_visual_half(name: str) -> None:
     assert changed.keys() == full.keys()
     for key in full:
         assert torch.equal(changed[key], full[key]) != key.startswith("visual."), key
+
+
+@pytest.mark.parametrize("name", files(r"ckpt/openai_.*"))
+def test_openai_export_has_the_layout_of_the_file_in_circulation(name: str, tmp_path: Path) -> None:
+    path = align_dir() / name
+    full = read_checkpoint_file(path)
+    tower = load_tower(path, heads=hyper_parameters(name)["heads"])
+    save_openai(tower, path, tmp_path / "same.pth")
+    assert_equal_states(read_checkpoint_file(tmp_path / "same.pth"), full)
+    with torch.no_grad():
+        for parameter in tower.model.parameters():
+            parameter.mul_(1.001)
+    save_openai(tower, path, tmp_path / "other.pth")
+    changed = read_checkpoint_file(tmp_path / "other.pth")
+    assert {k: (t.shape, t.dtype) for k, t in changed.items()} == {
+        k: (t.shape, t.dtype) for k, t in full.items()
+    }
+    # Float32 values of a fine-tuned tower arrive as they are.
+    again = load_tower(tmp_path / "other.pth", heads=hyper_parameters(name)["heads"])
+    assert_equal_states(again.model.state_dict(), tower.model.state_dict())
 
 
 @pytest.mark.parametrize("name", [n for n in TOWERS if "text_width" in hyper_parameters(n)])

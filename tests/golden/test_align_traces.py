@@ -11,8 +11,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Traine
 from kuea_mllm.alignment.targets import LiveTargets
 from kuea_mllm.alignment.trainer import AlignmentModel, AlignmentTrainer
 from kuea_mllm.config.align import OptimConfig, RuntimeConfig
+from kuea_mllm.features import Features
 from kuea_mllm.kernels import PolynomialKernel
-from kuea_mllm.objectives import KernelAlignmentObjective
+from kuea_mllm.objectives import KernelTerm, Objective, PreservationTerm
 from kuea_mllm.towers.convert import (
     canonical_to_hf,
     canonical_to_visual,
@@ -40,6 +41,9 @@ class Normalised(nn.Module):
 
     def forward(self, pixels):
         return self.network((pixels - self.mean) / self.std)
+
+    def features(self, pixels, layer=None, *, patches=False):
+        return Features(self(pixels))
 
 
 class MlpStudent(nn.Module):
@@ -117,29 +121,25 @@ class RecordingTrainer(AlignmentTrainer):
         self.first_gradient = {}
         self.after_first = {}
 
-    def compute_loss(self, *args, **kwargs):
-        kernel = self.model.objective.student_kernel
+    def training_step(self, model, *args, **kwargs):
+        kernel, _ = self.model.objective.kernels
         used = [kernel.gamma.item(), kernel.coef0.item()]
-        loss, terms = super().compute_loss(*args, **{**kwargs, "return_outputs": True})
+        if len(self.rows) == 1:
+            self.after_first = state_of(model.student)
+        loss = super().training_step(model, *args, **kwargs)
+        if not self.rows:
+            self.first_gradient = {
+                name: parameter.grad.clone() for name, parameter in model.student.named_parameters()
+            }
         self.rows.append(
             {
                 "loss_total": loss.item(),
-                "loss_kernel": terms.terms["kernel"].item(),
-                "loss_preserve": terms.terms["preserve"].item(),
+                "loss_kernel": self.last_loss.terms["kernel"].item(),
+                "loss_preserve": self.last_loss.terms["preserve"].item(),
                 "kernel_params_used": used,
                 "lr_used": self.optimizer.param_groups[0]["lr"],
             }
         )
-        return loss
-
-    def training_step(self, model, *args, **kwargs):
-        if len(self.rows) == 1:
-            self.after_first = state_of(model.student)
-        loss = super().training_step(model, *args, **kwargs)
-        if len(self.rows) == 1:
-            self.first_gradient = {
-                name: parameter.grad.clone() for name, parameter in model.student.named_parameters()
-            }
         return loss
 
     def column(self, name):
@@ -178,21 +178,24 @@ def run(golden, kind, variant, dtype, folder):
         return Normalised(network.to(dtype), parameters, dtype)
 
     teacher = Normalised(Teacher(group(golden, "target.")).to(dtype), parameters, dtype)
-    objective = KernelAlignmentObjective(
-        PolynomialKernel(
-            parameters["gamma0"],
-            parameters["coef0_0"],
-            trainable=variant == "paper",
-            dtype=dtype,
-        ),
-        PolynomialKernel(1 / parameters["target_width"], 1.0, dtype=dtype),
-        kernel_weight=parameters["penalty_weight"],
-        preserve_weight=parameters["clean_weight"],
+    kernel = PolynomialKernel(
+        parameters["gamma0"],
+        parameters["coef0_0"],
+        trainable=variant == "paper",
+        parametrisation="direct",
+        dtype=dtype,
+    )
+    target_kernel = PolynomialKernel(1 / parameters["target_width"], 1.0, dtype=dtype)
+    objective = Objective(
+        [
+            KernelTerm(kernel, target_kernel, weight=parameters["penalty_weight"]),
+            PreservationTerm(weight=parameters["clean_weight"]),
+        ]
     )
     images = golden["images"].to(dtype)
     trainer = RecordingTrainer(
         AlignmentModel(student(), objective),
-        LiveTargets(teacher, student(), torch.device("cpu")),
+        LiveTargets([teacher], student(), torch.device("cpu")),
         FixedOrder(images, golden["batch_index"]),
         optim=OptimConfig(
             lr=parameters["base_lr"],

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from reporting_samples import full_comparison, make_column, make_comparison, make_rows
+from reporting_samples import full_comparison, make_column, make_comparison
 
 from kuea_mllm.errors import UserError
 from kuea_mllm.reporting import figures
@@ -80,37 +79,6 @@ def test_kernel_labels_must_fit() -> None:
         figures.kernel_matrices(make_kernels(), ["a", "b"])
 
 
-def test_each_loss_term_has_its_own_scale() -> None:
-    panels = figures.loss_curves(make_rows()).axes
-    assert len(panels) == 3
-    assert all(len(axes.get_lines()) == 1 for axes in panels)
-    assert panels[0].get_yscale() == "log"
-
-
-def test_loss_curves_stay_linear_without_decades() -> None:
-    rows = [{"step": step, "loss": 1.0 + step} for step in range(3)]
-    assert figures.loss_curves(rows).axes[0].get_yscale() == "linear"
-
-
-@pytest.mark.parametrize(
-    "draw", [figures.loss_curves, figures.drift_curves, figures.kernel_parameters]
-)
-def test_curves_of_empty_runs_say_so(draw: Callable[[list[object]], Figure]) -> None:
-    figure = draw([])
-    assert "no values were logged" in figure.axes[0].texts[0].get_text()
-    assert figures.figure_svg(figure, "empty")
-
-
-def test_curves_skip_values_that_are_not_finite() -> None:
-    rows = [{"step": 0, "loss": float("nan")}, {"step": 1, "loss": 2.0}]
-    (line,) = figures.loss_curves(rows).axes[0].get_lines()
-    assert np.array_equal(np.asarray(line.get_ydata()), [2.0])
-
-
-def test_drift_curves_leave_out_panels_without_values() -> None:
-    assert len(figures.drift_curves(make_rows()).axes) == 2
-
-
 def test_paired_differences_draw_each_interval_in_points() -> None:
     axes = figures.paired_differences(full_comparison()).axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
@@ -146,7 +114,7 @@ def test_svg_is_the_same_every_time() -> None:
 
 
 def test_svgs_of_two_names_share_no_id() -> None:
-    figure = figures.loss_curves(make_rows())
+    figure = figures.kernel_matrices(make_kernels())
     found = [
         set(re.findall(r'\sid="([^"]+)"', figures.figure_svg(figure, name))) for name in ("a", "b")
     ]
@@ -169,12 +137,12 @@ def test_svg_name_must_be_an_identifier() -> None:
 
 def test_drawing_leaves_the_settings_alone() -> None:
     before = dict(mpl.rcParams)
-    figures.figure_svg(figures.loss_curves(make_rows()), "loss")
+    figures.figure_svg(figures.kernel_matrices(make_kernels()), "loss")
     assert dict(mpl.rcParams) == before
 
 
 def test_save_figure_by_ending(tmp_path: Path) -> None:
-    figure = figures.kernel_parameters(make_rows())
+    figure = figures.kernel_matrices(make_kernels())
     figures.save_figure(figure, tmp_path / "a.png")
     figures.save_figure(figure, tmp_path / "a b.svg")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

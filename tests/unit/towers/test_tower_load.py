@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,27 @@ def test_processor_config_of_a_full_model_is_read(directory: Path) -> None:
     settings["image_mean"] = [0.1, 0.2, 0.3]
     (directory / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
     assert load_tower(directory).spec.mean == (0.1, 0.2, 0.3)
+
+
+def test_image_size_may_leave_a_rest_that_no_patch_covers(tmp_path: Path) -> None:
+    # As SigLIP SO400M/14 at 384 pixels does: 27 patches of 14 are 378.
+    for name, spec in (("siglip", SIGLIP), ("clip", CLIP)):
+        tower = make_tower(replace(spec, image_size=21))
+        save_tower(tower, tmp_path / name, manifest={})
+        again = load_tower(tmp_path / name)
+        assert (again.spec.image_size, again.spec.grid) == (21, 2)
+        pixels = torch.rand(1, 3, 21, 21)
+        torch.testing.assert_close(TowerEncoder(again)(pixels), TowerEncoder(tower)(pixels))
+
+
+def test_another_resize_filter_is_warned_of(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_tower(directory)
+    assert "filter" not in caplog.text
+    edit_json(directory / "preprocessor_config.json", resample=2)
+    load_tower(directory)
+    assert "resizes with filter 2" in caplog.text
 
 
 @pytest.mark.parametrize("has_prefix", [True, False])
