@@ -9,6 +9,10 @@ with `--debug`.
 from __future__ import annotations
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); takes the same way out as Ctrl-C."""
+
+
 class KueaError(Exception):
     """Base of every error that is shown as a line instead of a traceback.
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from kuea_mllm.errors import KueaError
+from kuea_mllm.errors import KueaError, Terminated
 from kuea_mllm.launch import (
     TIMEOUT_VARIABLE,
     FailedElsewhere,
@@ -40,6 +40,7 @@ DryRun = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
@@ -54,9 +55,10 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
-            _end("interrupted.", INTERRUPTED)
-            raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+            _end("interrupted.", code)
+            raise typer.Exit(code) from None
         except Exception as error:
             # The output of other processes goes to files, where a traceback disturbs no one.
             if debug or (has_parent() and launched_rank() > 0):

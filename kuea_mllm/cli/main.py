@@ -27,6 +27,7 @@ from kuea_mllm.cli import (
     sweep,
     world,
 )
+from kuea_mllm.errors import Terminated
 from kuea_mllm.launch import has_parent
 
 app = typer.Typer(
@@ -90,7 +91,7 @@ def options(
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     # Same way out as Ctrl-C, so that half-written directories are removed.
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def run() -> None:

@@ -19,7 +19,7 @@ from kuea_mllm.log import LOGGER
 Format = Literal["folder", "list", "tar", "parquet", "dataset", "pack"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_REMOTE = re.compile(r"(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
 _KNOWN = (
     "Known are a folder of images, a list of files (.txt), tar shards (.tar), parquet files, a "
     "Hugging Face data set and a pack; set data.format to say which."
