@@ -107,7 +107,8 @@ def run_objectives(
     parts = record["parts"]
     parts["table1"] = _measure(place, seeds, teacher, chosen, jobs, llava=True)
     if (worlds / "teacher_ssl").is_dir():
-        part, tuning["self_supervised_teacher"] = _tune(place, "teacher_ssl", CANDIDATES_SSL, jobs)
+        part, tried = _tune(place, "teacher_ssl", CANDIDATES_SSL, jobs)
+        tuning["self_supervised_teacher"] = tried
         chosen["self_supervised_teacher"] = part
         parts["self_supervised_teacher"] = _measure(place, seeds, "teacher_ssl", part, jobs)
     if all((worlds / f"seed{seed}" / "clip_broad").is_dir() for seed in seeds):
