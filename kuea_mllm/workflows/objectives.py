@@ -89,9 +89,9 @@ def run_objectives(
         The content of `out/objectives.json`.
     """
     place = TrialPlace(out, worlds, questions=questions)
-    chosen: dict[str, Any]
-    tuning: dict[str, Any]
-    chosen, tuning = _tune(place, teacher, CANDIDATES, jobs)
+    best, tried = _tune(place, teacher, CANDIDATES, jobs)
+    chosen: dict[str, Any] = {**best}
+    tuning: dict[str, Any] = {**tried}
     chosen["keep_patches"], tuning["keep_patches"] = _tune_patches(
         place, teacher, chosen["kernel"], jobs
     )
