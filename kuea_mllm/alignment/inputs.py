@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from kuea_mllm.devices import choose_device
 from kuea_mllm.errors import DataError, RecipeError
 from kuea_mllm.log import LOGGER
 from kuea_mllm.teachers import Teacher, load_teacher
+from kuea_mllm.towers.fingerprint import fingerprint_all
 from kuea_mllm.towers.load import Tower, load_tower
 
 
@@ -63,14 +65,14 @@ class AlignmentInputs:
     Attributes:
         recipe: With everything settled: device, steps, kernel constants.
         student: The tower; training changes it in place.
-        base_fingerprint: Its fingerprint as it was opened.
+        base_fingerprints: Its fingerprints as it was opened; see `fingerprint_all`.
         teachers: The frozen teachers; the recipe's `teacher` first.
         images: What is trained on and measured on.
     """
 
     recipe: AlignRecipe
     student: Tower
-    base_fingerprint: str
+    base_fingerprints: Mapping[str, str]
     teachers: tuple[Teacher, ...]
     images: TrainingImages
 
@@ -101,7 +103,7 @@ def open_inputs(recipe: AlignRecipe) -> AlignmentInputs:
     return AlignmentInputs(
         recipe=recipe,
         student=student,
-        base_fingerprint=student.fingerprint,
+        base_fingerprints=fingerprint_all(student.model.state_dict()),
         teachers=teachers,
         images=images,
     )

@@ -38,7 +38,9 @@ def describe_run(
             "reference": str(recipe.student.model),
             "revision": recipe.student.revision,
             "layout": student.layout,
-            "fingerprint": inputs.base_fingerprint,
+            "fingerprint": inputs.base_fingerprints["float32"],
+            # Under each rounding, so that the tower is recognised in an MLLM's half precision.
+            "fingerprints": dict(inputs.base_fingerprints),
         },
         "teacher": teachers[0],
         "extra_teachers": teachers[1:],

@@ -146,12 +146,20 @@ def _align(
     parts = assemble(inputs, run, progress=progress)
     started = time.perf_counter()
     before = float(run.state.get("seconds", 0.0))
+    resumed_at = list(run.state.get("resumed_at", []))
+    if run.start_step is not None:
+        resumed_at.append(run.start_step)
 
     def seconds() -> float:
         return before + time.perf_counter() - started
 
     def state() -> dict[str, Any]:
-        return {"processes": world_size(), "seconds": seconds(), **parts.state()}
+        return {
+            "processes": world_size(),
+            "seconds": seconds(),
+            "resumed_at": resumed_at,
+            **parts.state(),
+        }
 
     parts.trainer.bind_checkpoints(run.store, state)
     try:
@@ -172,14 +180,19 @@ def _align(
         if rank() == 0:
             parts.measure.measure_now(parts.trainer.state)
             parts.metrics.close()
-            _write_result(inputs, parts, run.path, took)
+            _write_result(inputs, parts, run.path, seconds=took, resumed_at=resumed_at)
             if finish is not None:
                 finish(run.path)
     return AlignmentResult(run.out, parts.measure.first, parts.measure.last, took)
 
 
 def _write_result(
-    inputs: AlignmentInputs, parts: Assembly, directory: Path, seconds: float
+    inputs: AlignmentInputs,
+    parts: Assembly,
+    directory: Path,
+    *,
+    seconds: float,
+    resumed_at: list[int],
 ) -> None:
     measure = parts.measure
     LOGGER.info(
@@ -203,6 +216,7 @@ def _write_result(
         images_left_out=parts.unreadable.report(),
         processes=world_size(),
         seconds=round(seconds, 1),
+        resumed_at=resumed_at,
     )
     save_tower(inputs.student, directory / "tower", manifest=manifest)
     parts.attention.save(directory / "attention.npz")

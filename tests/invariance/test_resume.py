@@ -80,14 +80,18 @@ def test_run_killed_ten_times_has_the_same_last_checkpoint(runs):
     assert_same(*(load_file(path / "model.safetensors") for path in last), "model")
     states = [json.loads((path / "state.json").read_text()) for path in last]
     for state in states:
-        del state["seconds"], state["files"]
+        del state["seconds"], state["files"], state["resumed_at"]
     assert_same(*states, "state")
 
 
 def test_manifest_of_a_resumed_run_is_that_of_an_uninterrupted_one(runs):
     whole, killed = (json.loads((run / "tower" / "kuea.json").read_text()) for run in runs)
+    assert whole["resumed_at"] == []
+    # A resumption that was killed before its first checkpoint leaves no trace.
+    assert 0 < len(killed["resumed_at"]) <= KILLS
+    assert killed["resumed_at"] == sorted(killed["resumed_at"])
     for manifest in (whole, killed):
-        for name in ("command", "created", "seconds"):
+        for name in ("command", "created", "seconds", "resumed_at"):
             del manifest[name]
     assert whole == killed
 
