@@ -36,7 +36,7 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
     texts = [*PREFIXES, "on a background", "and", *DIGITS, *TEXTURES]
     texts += ["red", "green", "blue", "yellow", "purple", "white", "digit", "digits", "the"]
-    merges = _learn_merges(sorted(set(" ".join(texts).split())), suffix=_WORD_END)
+    merges = learn_merges(sorted(set(" ".join(texts).split())), suffix=_WORD_END)
     letters = sorted(ByteLevel.alphabet())
     pieces = [*letters, *(letter + _WORD_END for letter in letters)]
     pieces += ["".join(pair) for pair in merges]
@@ -59,7 +59,7 @@ def build_llava_tokenizer() -> LlamaTokenizer:
     from transformers import LlamaTokenizer
 
     words = [piece for text in example_texts() for piece in _pieces(text)]
-    merges = _learn_merges(sorted(set(words)))
+    merges = learn_merges(sorted(set(words)))
     for phrase in fixed_phrases():
         merges += _chain(_PIECE.findall(phrase.replace(" ", _SPACE)))
     letters = [_SPACE, *(chr(code) for code in range(33, 127))]
@@ -79,8 +79,12 @@ def build_llava_tokenizer() -> LlamaTokenizer:
     return tokenizer
 
 
-def _learn_merges(words: Sequence[str], suffix: str = "") -> list[tuple[str, str]]:
+def learn_merges(words: Sequence[str], suffix: str = "") -> list[tuple[str, str]]:
     """Find merges that join every word into one token, the most frequent pair first.
+
+    Args:
+        words: The words, letter by letter as the tokenizer spells them.
+        suffix: What the last letter of a word carries, as in CLIP's vocabularies.
 
     Written out because the trainer of the tokenizers package breaks ties at random, and other
     token ids would be another model.

@@ -1,0 +1,329 @@
+"""Writing few-shot tasks for lmms-eval: one per data set, number of shots and trial."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from kuea_mllm.config.evaluate import FewShotSettings
+from kuea_mllm.errors import EvaluationError
+from kuea_mllm.evaluation.fewshot.captions import require_java
+from kuea_mllm.evaluation.fewshot.datasets import CLASS_NAMES, DATASETS, FewShotData
+from kuea_mllm.evaluation.fewshot.examples import Example, example_row, write_lines
+from kuea_mllm.evaluation.fewshot.plan import Plan, write_plan
+from kuea_mllm.evaluation.fewshot.prompts import TEXT_ONLY_SHOTS
+from kuea_mllm.evaluation.fewshot.sampling import (
+    Draw,
+    draw_released,
+    draw_uniform,
+    in_document_order,
+    require_pool,
+)
+from kuea_mllm.evaluation.fewshot.schemas import read_stem_pairs, require_images
+from kuea_mllm.evaluation.fewshot.stemming import load_language, stem_table
+from kuea_mllm.io import write_json
+from kuea_mllm.log import LOGGER
+
+if TYPE_CHECKING:
+    from kuea_mllm.evaluation.fewshot.retrieval import Retriever
+
+VERSION = 1.0
+_SCORING = "kuea_mllm.evaluation.fewshot.scoring"
+_METRICS = {
+    "caption": ("process_caption", "cider", "cider"),
+    "vqa": ("process_vqa", "vqa_accuracy", "mean_percent"),
+    "hateful": ("process_hateful", "roc_auc", "roc_auc_percent"),
+}
+
+
+@dataclass(frozen=True)
+class FewShotTask:
+    """One task that was written.
+
+    Attributes:
+        name: Name in lmms-eval and in the results.
+        dataset: Data set.
+        shots: Shots as they are called.
+        seed: Seed of the trial.
+        path: Its YAML file.
+    """
+
+    name: str
+    dataset: str
+    shots: int
+    seed: int
+    path: Path
+
+
+def write_fewshot_tasks(
+    folder: Path, settings: FewShotSettings, data: Mapping[str, str], *, limit: int | None = None
+) -> list[FewShotTask]:
+    """Write the tasks of a run into an empty folder, with all that they need but the images.
+
+    Everything that can be missing is looked for here, before a model is opened.
+
+    Args:
+        folder: Existing folder; the files name it by its absolute path.
+        settings: Data sets, shots, trials.
+        data: Folder of each data set.
+        limit: Documents per task that the run will use; images of others need not be there.
+
+    Raises:
+        UserError: If a folder, file, image, tool or enough demonstrations are missing.
+    """
+    require_inputs(settings, data)
+    retriever = _open_retriever(settings)
+    tasks: list[FewShotTask] = []
+    for name in settings.datasets:
+        kind, source = DATASETS[name], Path(data[name])
+        tasks += _Writer(folder.resolve(), kind, settings, source, limit, retriever).write()
+    return tasks
+
+
+def require_inputs(settings: FewShotSettings, data: Mapping[str, str]) -> None:
+    """Look for what can be missed without reading a data set: folders, Java, NLTK's data.
+
+    Raises:
+        EvaluationError: Naming what is missing.
+    """
+    for name in settings.datasets:
+        if name not in data:
+            raise EvaluationError(
+                f"data set {name} has no folder.",
+                f"Pass --set data.{name}=DIR, or choose others: "
+                "--set 'fewshot.datasets=[coco, vqav2]'.",
+            )
+        if not Path(data[name]).is_dir():
+            raise EvaluationError(
+                f"folder {data[name]} of data set {name} does not exist.",
+                f"Pass --set data.{name}=DIR; docs/fewshot.md says what it has to hold.",
+            )
+    kinds = [DATASETS[name] for name in settings.datasets]
+    if any(kind.style == "caption" for kind in kinds):
+        require_java()
+    if any(kind.stem_source for kind in kinds):
+        load_language()
+
+
+def _open_retriever(settings: FewShotSettings) -> Retriever | None:
+    if settings.retrieval is None:
+        return None
+    from kuea_mllm.evaluation.fewshot.retrieval import Retriever
+
+    return Retriever(settings.retrieval)
+
+
+class _Writer:
+    """Writes the tasks of one data set."""
+
+    def __init__(
+        self,
+        folder: Path,
+        data: FewShotData,
+        settings: FewShotSettings,
+        source: Path,
+        limit: int | None,
+        retriever: Retriever | None,
+    ) -> None:
+        self.folder = folder
+        self.data = data
+        self.settings = settings
+        self.limit = limit
+        self.retriever = retriever
+        # Relative paths would change their meaning with the folder lmms-eval runs in.
+        self.source = source.resolve()
+        self.released = settings.compat == "released"
+
+    def write(self) -> list[FewShotTask]:
+        train = self.data.read(self.source, "train")
+        test = self.data.read(self.source, "test")
+        if not test:
+            raise EvaluationError(f"data set {self.data.name} ({self.source}) has no documents.")
+        wanted = [shots or TEXT_ONLY_SHOTS for shots in self.settings.shots]
+        require_pool(wanted, len(train))
+        if self.retriever is None and len(train) < self.settings.query_set:
+            LOGGER.info(
+                "%s: %d training examples are fewer than the query set of %d: all are drawn from.",
+                self.data.name,
+                len(train),
+                self.settings.query_set,
+            )
+        stems = self._write_stems()
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.trials)
+        draws = {
+            (seed, shots): self._draw(train, test, shots or TEXT_ONLY_SHOTS, seed)
+            for seed in seeds
+            for shots in self.settings.shots
+        }
+        used = {
+            index
+            for draw in draws.values()
+            for row in self._first(draw.demonstrations)
+            for index in row
+        }
+        pool = self.folder / f"{self.data.name}_demonstrations.jsonl"
+        write_lines(pool, ({"number": i, **example_row(train[i])} for i in sorted(used)))
+        self._require_images([train[index] for index in sorted(used)])
+        return [
+            self._write_task(seed, shots, draw, test, pool, stems)
+            for (seed, shots), draw in draws.items()
+        ]
+
+    def _first(self, rows: Sequence[Any]) -> Sequence[Any]:
+        return rows if self.limit is None else rows[: self.limit]
+
+    def _draw(
+        self, train: Sequence[Example], test: Sequence[Example], shots: int, seed: int
+    ) -> Draw:
+        sampler = draw_released if self.released else draw_uniform
+        draw = sampler(
+            len(test),
+            len(train),
+            shots,
+            seed,
+            num_samples=self.settings.num_samples,
+            query_set=self.settings.query_set,
+        )
+        draw = in_document_order(draw)
+        if self.retriever is None:
+            return draw
+        asked = [test[document].image for document in draw.documents]
+        shown = self.retriever.most_similar([e.image for e in train], asked, shots)
+        return Draw(draw.documents, shown, list(range(len(train))))
+
+    def _require_images(self, examples: Sequence[Example]) -> None:
+        require_images(examples, f"data set {self.data.name}")
+
+    def _write_stems(self) -> str | None:
+        if self.data.stem_source is None:
+            return None
+        path = self.folder / f"{self.data.name}_stems.json"
+        write_json(path, stem_table(read_stem_pairs(self.source / self.data.stem_source)))
+        return str(path)
+
+    def _write_task(
+        self,
+        seed: int,
+        shots: int,
+        draw: Draw,
+        test: Sequence[Example],
+        pool: Path,
+        stems: str | None,
+    ) -> FewShotTask:
+        documents = self._write_documents(seed, draw, test, stems)
+        name = f"{self.data.name}_{shots}shot_seed{seed}"
+        plan = Plan(
+            style=self.data.style,
+            shots=shots,
+            documents=str(documents),
+            pool=str(pool),
+            demonstrations=draw.demonstrations,
+            # The published code passes them in zero-shot ranking too, where the prompt has one
+            # place for an image, which the first of them takes.
+            passes_images=shots > 0 or (self.released and self.data.style == "hateful"),
+        )
+        write_plan(self.folder / f"{name}.json", plan)
+        path = self.folder / f"{name}.yaml"
+        content = self._task_file(name, documents, self.folder / f"{name}.json")
+        path.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
+        return FewShotTask(name, self.data.name, shots, seed, path)
+
+    def _write_documents(
+        self, seed: int, draw: Draw, test: Sequence[Example], stems: str | None
+    ) -> Path:
+        is_same = self.settings.num_samples is None
+        name = self.data.name if is_same else f"{self.data.name}_seed{seed}"
+        path = self.folder / f"{name}.jsonl"
+        if path.exists():
+            return path
+        rows = [test[document] for document in draw.documents]
+        used = self._first(rows)
+        self._require_images(used)
+        if self.data.style == "hateful" and len({example.label for example in used}) < 2:
+            raise EvaluationError(
+                f"ROC-AUC needs memes of both classes, and the {len(used)} documents of "
+                f"{self.data.name} that are used have one.",
+                "Use more documents (--limit).",
+            )
+        write_lines(
+            path,
+            (
+                {"number": number, "document": document, "target": _target(row)}
+                | ({} if stems is None else {"stems": stems})
+                | example_row(row)
+                for number, (document, row) in enumerate(zip(draw.documents, rows, strict=True))
+            ),
+        )
+        return path
+
+    def _task_file(self, name: str, documents: Path, plan: Path) -> dict[str, Any]:
+        process, metric, aggregation = _METRICS[self.data.style]
+        if self.released and self.data.style == "vqa":
+            process += "_released"
+        generation: dict[str, Any] = {
+            "max_new_tokens": self.data.max_new_tokens,
+            "num_beams": 3,
+            "length_penalty": 0.0,
+            "do_sample": False,
+            "until": [],
+            "completes": True,
+            "released": self.released,
+        }
+        if self.data.style == "hateful":
+            generation |= {"class_names": list(CLASS_NAMES), "num_beams": 1}
+        return {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": documents.name},
+                # Beside the task, so that a run leaves no copy in the user's cache.
+                "cache_dir": str(self.folder / "cache"),
+            },
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_visual": _function("doc_to_visual"),
+            "doc_to_text": _function("doc_to_text"),
+            "doc_to_target": "target",
+            "generation_kwargs": generation,
+            "lmms_eval_specific_kwargs": {"default": {"plan": str(plan)}},
+            "process_results": _function(process),
+            "cluster_key": "image_id",
+            "metric_list": [
+                {
+                    "metric": metric,
+                    "aggregation": _function(aggregation),
+                    "higher_is_better": True,
+                }
+            ],
+            "metadata": {"version": VERSION},
+        }
+
+
+def _target(example: Example) -> str:
+    if example.captions:
+        return example.captions[0].strip()
+    if example.label is not None:
+        return CLASS_NAMES[example.label]
+    return Counter(example.answers).most_common(1)[0][0]
+
+
+class _Function(str):
+    """A name that the task file writes as `!function name`."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(
+    _Function, lambda dumper, name: dumper.represent_scalar("!function", str(name))
+)
+
+
+def _function(name: str) -> _Function:
+    return _Function(f"{_SCORING}.{name}")
