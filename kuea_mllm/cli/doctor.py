@@ -9,6 +9,9 @@ import typer
 
 from kuea_mllm.cli.common import Json, print_json, verb
 
+_EXAMPLES = 3
+_ACTIONS = {"leave out": "left out", "correct": "corrected", "keep": "kept"}
+
 
 @verb
 def doctor(
@@ -16,18 +19,35 @@ def doctor(
         str | None,
         typer.Option(
             help="Also decode every image of this folder, list of files (.txt), tar shards, "
-            "parquet files, data set or pack."
+            "parquet files, data set or pack. With --data: the folder of its images."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also check a file of conversations (JSON or JSONL), and with --images every "
+            "image it names."
+        ),
+    ] = None,
+    write_clean: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the records of --data that can be trained on to this file."
         ),
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Report versions, devices, adapters and plugins; find images that cannot be read.
+    """Report versions, devices, adapters and plugins; find images and data that cannot be used.
 
-    Exits with 1 if something is broken.
+    Exits with 1 if something is broken, and was not left out of the file that was written.
     """
+    _require_possible(data, write_clean)
     report = _environment()
     problems = list(report["problems"])
-    if images is not None:
+    if data is not None:
+        report["data"], unusable = _check_data(data, images, write_clean, not json_output)
+        problems += unusable
+    elif images is not None:
         unreadable = _check_images(images, show_progress=not json_output)
         report["unreadable_images"] = unreadable
         problems += unreadable
@@ -87,6 +107,69 @@ def _check_images(images: str, *, show_progress: bool) -> list[str]:
     return [problem for _, problem in bar if problem is not None]
 
 
+def _require_possible(data: Path | None, write_clean: Path | None) -> None:
+    from kuea_mllm.errors import UserError
+    from kuea_mllm.io import require_free_output
+
+    if write_clean is None:
+        return
+    if data is None:
+        raise UserError("--write-clean has nothing to clean.", "Give the file with --data.")
+    require_free_output(write_clean)
+
+
+def _check_data(
+    data: Path, images: str | None, write_clean: Path | None, show_progress: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the report on a file of conversations, and what is still to be done about it."""
+    from kuea_mllm.tuning.check import check_mixture
+    from kuea_mllm.tuning.check import write_clean as write
+
+    folder = None if images is None else Path(images)
+    found = check_mixture(data, folder, progress=show_progress)
+    report: dict[str, Any] = found.to_dict()
+    if write_clean is None:
+        return report, [each.detail for each in found.problems]
+    clean = write(found, write_clean)
+    report["clean"] = {**clean._asdict(), "path": str(clean.path)}
+    return report, []
+
+
+def _print_data(report: dict[str, Any]) -> None:
+    from kuea_mllm.reporting.tables import print_key_values
+
+    facts = {
+        "records": f"{report['records']}, {report['text_only']} of them without an image",
+        "images": f"{report['different_images']} different files"
+        + ("" if report["images"] else ", not looked at (give their folder with --images)"),
+    }
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for finding in report["findings"]:
+        kept = examples.setdefault(finding["kind"], [])
+        if len(kept) < _EXAMPLES:
+            kept.append(finding)
+    verb_of = {kind: _ACTIONS[found[0]["action"]] for kind, found in examples.items()}
+    conditional = "" if "clean" in report else " by --write-clean"
+    for kind, number in report["counts"].items():
+        suffix = "" if verb_of[kind] == "kept" else conditional
+        records = "1 record" if number == 1 else f"{number} records"
+        facts[kind] = f"{records}, {verb_of[kind]}{suffix}"
+    print_key_values(report["data"], facts)
+    for kind, found in examples.items():
+        colour = typer.colors.YELLOW if verb_of[kind] == "kept" else typer.colors.RED
+        for each in found:
+            line = f"{kind}: record {each['index']} (id {each['id']!r}): {each['detail']}"
+            typer.secho(line, fg=colour)
+        if report["counts"][kind] > len(found):
+            typer.echo(f"  and {report['counts'][kind] - len(found)} more; --json lists all")
+    if "clean" in report:
+        clean = report["clean"]
+        typer.echo(
+            f"{clean['path']}: {clean['records']} records, {clean['left_out']} left out, "
+            f"{clean['corrected']} corrected"
+        )
+
+
 def _print(report: dict[str, Any]) -> None:
     from kuea_mllm.reporting.tables import print_key_values
 
@@ -108,5 +191,8 @@ def _print(report: dict[str, Any]) -> None:
         for line in unreadable:
             typer.secho(line, fg=typer.colors.RED)
         typer.echo(f"{len(unreadable)} unreadable images")
-    if not report["problems"] and not report.get("unreadable_images"):
+    if "data" in report:
+        _print_data(report["data"])
+    is_clean = not any(f["action"] != "keep" for f in report.get("data", {}).get("findings", ()))
+    if not report["problems"] and not report.get("unreadable_images") and is_clean:
         typer.secho("no problems found", fg=typer.colors.GREEN)

@@ -155,7 +155,7 @@ BAD_ARGUMENTS = {
     "base is no MLLM": ({"base": ASSETS / "clip"}, "clip"),
     "missing tower": ({"tower": "./no/such/tower"}, "no/such/tower"),
     "unknown adapter": ({"mllm": "lava"}, "llava"),
-    "tower is an MLLM": ({"tower": BASE}, "llava"),
+    "tower is neither": ({"tower": ASSETS / "teacher"}, "teacher"),
 }
 
 
@@ -167,6 +167,115 @@ def test_bad_argument_ends_in_one_clear_line(kuea, tmp_path, name):
     assert answer.code == 2
     assert expected in answer.err
     assert listing(tmp_path) == []
+
+
+def test_dry_run_prints_the_report_and_writes_nothing(kuea, tmp_path):
+    tower = write_tower(tmp_path / "tower")
+    answer = kuea("swap", f"--base={BASE}", f"--tower={tower}", "--dry-run")
+    assert answer.code == 0, answer.err
+    for words in ("tokens read", "lineage", "unrelated", "drift of the tokens", "warn"):
+        assert words in answer.out
+    answer = kuea("swap", f"--base={BASE}", f"--tower={tower}", "--dry-run", "--json")
+    report = json.loads(answer.out)
+    assert report["verdict"] == "warn"
+    assert report["drift"]["tap"] == "hidden state -2, patches only, before the final norm"
+    assert listing(tmp_path) == ["tower"]
+
+
+def test_dry_run_of_what_cannot_fit_ends_with_2_and_says_everything(kuea, tmp_path):
+    tower = write_tower(tmp_path / "tower", hidden_act="gelu", num_hidden_layers=2)
+    answer = kuea("swap", f"--base={BASE}", f"--tower={tower}", "--dry-run", "--json")
+    assert answer.code == 2
+    refused = [c["name"] for c in json.loads(answer.out)["checks"] if c["verdict"] == "refuse"]
+    assert refused == ["number of layers", "activation"]
+
+
+def test_dry_run_refuses_the_tower_that_is_inside_already(kuea):
+    arguments = ["swap", f"--base={BASE}", f"--tower={ASSETS / 'clip'}", "--dry-run", "--json"]
+    answer = kuea(*arguments)
+    assert answer.code == 2
+    report = json.loads(answer.out)
+    refused = [c["name"] for c in report["checks"] if c["verdict"] == "refuse"]
+    assert (refused, report["verdict"]) == (["lineage"], "refuse")
+    assert kuea(*arguments, "--allow-same").code == 0
+
+
+def test_dry_run_says_a_remedy_once_and_ends_with_the_verdict(kuea, tmp_path):
+    tower = write_tower(tmp_path / "tower", hidden_size=32, intermediate_size=128)
+    answer = kuea("swap", f"--base={BASE}", f"--tower={tower}", "--dry-run")
+    text = " ".join(answer.out.split())
+    assert text.count("Take a tower of the same architecture") == 1
+    assert "refuse: width, MLP width:" in text
+    assert text.endswith("A swap would be refused (13 checks, 3 refused, 0 warnings).")
+
+
+def test_out_is_needed_unless_nothing_is_written(kuea):
+    assert kuea("swap", f"--base={BASE}", f"--tower={ASSETS / 'clip'}").code == 2
+
+
+def test_force_swaps_another_activation_and_says_so(kuea, tmp_path):
+    tower = write_tower(tmp_path / "tower", hidden_act="gelu")
+    arguments = ["swap", f"--base={BASE}", f"--tower={tower}", f"--out={tmp_path / 'out'}"]
+    refused = kuea(*arguments)
+    assert refused.code == 2
+    assert "--force" in refused.err
+    answer = kuea(*arguments, "--force", "--json")
+    assert answer.code == 0, answer.err
+    checks = json.loads(answer.out)["compatibility"]["checks"]
+    assert [check["name"] for check in checks if check["forced"]] == ["activation"]
+
+
+def test_mllm_as_tower_swaps_back(kuea, tmp_path):
+    tower = write_tower(tmp_path / "tower")
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert kuea("swap", f"--base={BASE}", f"--tower={tower}", f"--out={there}").code == 0
+    answer = kuea("swap", f"--base={there}", f"--tower={BASE}", f"--out={back}", "--no-drift")
+    assert answer.code == 0, answer.err
+    assert (back / "model.safetensors").read_bytes() == (BASE / "model.safetensors").read_bytes()
+    assert "original" in answer.out
+
+
+def test_interpolate_writes_a_model_per_weight(kuea, tmp_path):
+    tower = write_tower(tmp_path / "tower")
+    answer = kuea(
+        *("swap", f"--base={BASE}", f"--tower={tower}", f"--out={tmp_path / 'out'}"),
+        *("--interpolate=0.5,1", "--json"),
+    )
+    assert answer.code == 0, answer.err
+    assert [mix["weight"] for mix in json.loads(answer.out)["mixes"]] == [0.5, 1.0]
+    assert listing(tmp_path / "out") == ["0.5", "1"]
+    for folder in (tmp_path / "out").iterdir():
+        assert kuea("verify", folder).code == 0
+    one = tmp_path / "one"
+    answer = kuea(
+        *("swap", f"--base={BASE}", f"--tower={tower}", f"--out={one}", "--interpolate=0.5"),
+    )
+    assert answer.code == 0, answer.err
+    weights = [folder / "model.safetensors" for folder in (one, tmp_path / "out" / "0.5")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("weights", ["much", "2", "0.5,-1"])
+def test_bad_weight_is_refused(kuea, tmp_path, weights):
+    answer = kuea(
+        *("swap", f"--base={BASE}", f"--tower={ASSETS / 'clip'}", f"--out={tmp_path / 'out'}"),
+        f"--interpolate={weights}",
+    )
+    assert answer.code == 2
+    assert listing(tmp_path) == []
+
+
+def test_push_uploads_the_finished_model(kuea, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        "kuea_mllm.share.push_directory",
+        lambda directory, repository: pushed.append((directory, repository)) or "https://hub/a/b",
+    )
+    tower, out = write_tower(tmp_path / "tower"), tmp_path / "out"
+    answer = kuea("swap", f"--base={BASE}", f"--tower={tower}", f"--out={out}", "--push=a/b")
+    assert answer.code == 0, answer.err
+    assert pushed == [(out, "a/b")]
+    assert "https://hub/a/b" in answer.out
 
 
 def test_visual_export_round_trips_bit_for_bit(kuea, tmp_path):
@@ -193,6 +302,7 @@ def test_inspect_names_the_layout_and_writes_nothing(kuea, tmp_path):
     answer = kuea("convert", visual, "--inspect", "--json")
     assert answer.code == 0, answer.err
     found = json.loads(answer.out)
-    assert (found["layout"], found["patch_size"], found["layers"]) == ("visual", 8, 3)
+    sizes = found["sizes"]
+    assert (found["layout"], sizes["patch_size"], sizes["layers"]) == ("visual", 8, 3)
     assert listing(tmp_path) == ["visual.safetensors"]
     assert kuea("convert", visual).code == 2

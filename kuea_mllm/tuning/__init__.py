@@ -1,0 +1,1 @@
+"""Tuning of an MLLM's language model: the data, so far."""

@@ -1,0 +1,162 @@
+"""Batches of samples of different length, with and without an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kuea_mllm.log import LOGGER
+from kuea_mllm.tuning.examples import Example
+
+IGNORED = -100
+# What the model does not take; `DataCounter.take` removes it from a batch.
+_COUNTED = ("positions", "left_out", "unlabelled")
+_NAMED = 5
+
+
+class Collator:
+    """Makes a batch: right padding, and the image token once for each patch.
+
+    The original cuts twice: a sample in which the image counts as one token, and again after the
+    image's patches have taken its place. The code released with the paper lacks the second cut, so
+    its longest sample has 2048 + 575 positions.
+
+    A batch without an image may carry a zero image all the same (`idle_pixel_values`). The original
+    sends one through tower and projector, whose gradient is then zero instead of none, so that the
+    optimiser goes on moving the projector. The model must not be given it as `pixel_values`: no
+    token stands for it. Add 0 * the sum of its features to the loss.
+
+    Args:
+        placeholder: What stands for an image in `Example.input_ids`.
+        image_token_id: What the model wants there.
+        tokens_per_image: How often.
+        pad_token_id: Fills rows; the mask does not depend on it.
+        max_length: Longest row in tokens.
+        cut_after_splicing: Whether the second cut is made.
+        idle_image_size: Height and width of the zero image for batches without one; None gives
+            none.
+    """
+
+    def __init__(
+        self,
+        *,
+        placeholder: int,
+        image_token_id: int,
+        tokens_per_image: int,
+        pad_token_id: int,
+        max_length: int,
+        cut_after_splicing: bool = True,
+        idle_image_size: int | None = None,
+    ) -> None:
+        self.placeholder = placeholder
+        self.image_token_id = image_token_id
+        self.tokens_per_image = tokens_per_image
+        self.pad_token_id = pad_token_id
+        self.max_length = max_length
+        self.cut_after_splicing = cut_after_splicing
+        self.idle_image_size = idle_image_size
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Collate.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, (batch, longest row), int64; `pixel_values`,
+            (rows with an image, 3, size, size), absent without any; and for `DataCounter`, one of
+            each row: `positions` in the mixture, `left_out` tokens, `unlabelled`.
+        """
+        rows = [self._row(example) for example in examples]
+        width = max(len(ids) for ids, _, _ in rows)
+        input_ids = torch.full((len(rows), width), self.pad_token_id)
+        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+        labels = torch.full((len(rows), width), IGNORED)
+        pixels: list[Tensor] = []
+        left_out = [example.left_out for example in examples]
+        for number, (example, (ids, targets, cut)) in enumerate(zip(examples, rows, strict=True)):
+            input_ids[number, : len(ids)] = torch.tensor(ids)
+            labels[number, : len(ids)] = torch.tensor(targets)
+            attention_mask[number, : len(ids)] = 1
+            left_out[number] += cut
+            if self.image_token_id in ids:
+                pixels.append(_pixels_of(example))
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if pixels:
+            batch["pixel_values"] = torch.stack(pixels)
+        elif self.idle_image_size is not None:
+            size = self.idle_image_size
+            batch["idle_pixel_values"] = torch.zeros(1, 3, size, size)
+        batch["positions"] = torch.tensor([example.position for example in examples])
+        batch["left_out"] = torch.tensor(left_out)
+        batch["unlabelled"] = (labels == IGNORED).all(dim=1)
+        return batch
+
+    def _row(self, example: Example) -> tuple[list[int], list[int], int]:
+        """Return ids, labels, and the number of tokens that were cut off."""
+        ids, labels = example.input_ids[: self.max_length], example.labels[: self.max_length]
+        cut = len(example.input_ids) - len(ids)
+        if self.placeholder not in ids:
+            return ids, labels, cut
+        if ids.count(self.placeholder) > 1:
+            raise ValueError(f"sample {example.position} has more than one image tag")
+        at = ids.index(self.placeholder)
+        patches = self.tokens_per_image
+        ids = [*ids[:at], *[self.image_token_id] * patches, *ids[at + 1 :]]
+        labels = [*labels[:at], *[IGNORED] * patches, *labels[at + 1 :]]
+        end = len(ids)
+        if self.cut_after_splicing and end > self.max_length:
+            # A part of an image can only be the very end of a row, where nothing is predicted any
+            # more: without it, loss and gradient are the same.
+            end = at if at < self.max_length < at + patches else self.max_length
+        return ids[:end], labels[:end], cut + len(ids) - end
+
+
+class DataCounter:
+    """Counts, in the main process, what the limits of length and format cost.
+
+    Args:
+        name: From a position in the mixture to what to call it (`Mixture.name`).
+    """
+
+    def __init__(self, name: Callable[[int], str]) -> None:
+        self._name = name
+        self.samples = 0
+        self.truncated = 0
+        self.left_out = 0
+        self.unlabelled = 0
+
+    def take(self, batch: dict[str, Tensor]) -> None:
+        """Remove from a batch what is only for counting, and count it.
+
+        The first few samples that nothing is learned from are named in the log.
+        """
+        positions, left_out, unlabelled = (batch.pop(key).tolist() for key in _COUNTED)
+        self.samples += len(positions)
+        self.truncated += sum(cut > 0 for cut in left_out)
+        self.left_out += sum(left_out)
+        for position, is_unlabelled in zip(positions, unlabelled, strict=True):
+            if not is_unlabelled:
+                continue
+            self.unlabelled += 1
+            if self.unlabelled <= _NAMED:
+                LOGGER.warning(
+                    "%s: nothing is learned from it; its answers were cut off, or cannot be told "
+                    "from its questions",
+                    self._name(position),
+                )
+
+    def report(self) -> dict[str, Any]:
+        """Return the counts, for the run record."""
+        return {
+            "samples": self.samples,
+            "truncated_samples": self.truncated,
+            "tokens_left_out": self.left_out,
+            "unlabelled_samples": self.unlabelled,
+        }
+
+
+def _pixels_of(example: Example) -> Tensor:
+    if example.pixels is None:
+        raise ValueError(f"sample {example.position} has an image tag and no pixels")
+    return example.pixels

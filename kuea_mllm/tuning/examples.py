@@ -1,0 +1,140 @@
+"""Samples as the trainer draws them: tokens and pixels of one record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kuea_mllm.data.source import read_image
+from kuea_mllm.errors import DataError, UnreadableImage
+from kuea_mllm.tuning.mixture import Mixture
+from kuea_mllm.tuning.records import leaves_folder
+
+Preprocess = Callable[[Sequence[Image.Image]], Tensor]
+
+
+class Encoded(Protocol):
+    """What an encoder makes of one record."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Token ids, with the encoder's placeholder once for the image."""
+        ...
+
+    @property
+    def labels(self) -> list[int]:
+        """What to predict, -100 where nothing is."""
+        ...
+
+    @property
+    def left_out(self) -> int:
+        """Tokens that were cut off already."""
+        ...
+
+
+class ConversationEncoder(Protocol):
+    """Turns records into tokens in the conversation format of one model; comes from its adapter."""
+
+    @property
+    def placeholder(self) -> int:
+        """What stands for the image in `Encoded.input_ids`; not the id of any token."""
+        ...
+
+    @property
+    def pad_token_id(self) -> int:
+        """Token to fill rows with."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Longest sample in tokens."""
+        ...
+
+    def encode(self, record: Mapping[str, Any]) -> Encoded:
+        """Encode a record in the schema of LLaVA's mixture."""
+        ...
+
+
+class Example(NamedTuple):
+    """One sample.
+
+    Attributes:
+        position: In the mixture.
+        input_ids: See `Encoded.input_ids`.
+        labels: See `Encoded.labels`.
+        pixels: (3, size, size), None for text alone.
+        left_out: Tokens that were cut off.
+    """
+
+    position: int
+    input_ids: list[int]
+    labels: list[int]
+    pixels: Tensor | None
+    left_out: int
+
+
+class TuningExamples(Dataset[Example]):
+    """A mixture with its images, ready for `collate.Collator`.
+
+    Args:
+        mixture: The records.
+        encoder: Of the model to tune.
+        images: Folder that the records' paths are relative to; may be missing for text alone.
+        preprocess: From PIL images to pixel values, (images, 3, size, size).
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        encoder: ConversationEncoder,
+        *,
+        images: Path | None,
+        preprocess: Preprocess,
+    ) -> None:
+        self.mixture = mixture
+        self.encoder = encoder
+        self.images = images
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.mixture.record(index)
+        pixels = None
+        if record["image"] is not None:
+            pixels = self._pixels(record["image"], index)
+        encoded = self.encoder.encode(record)
+        return Example(index, encoded.input_ids, encoded.labels, pixels, encoded.left_out)
+
+    def _pixels(self, image: str, index: int) -> Tensor:
+        if self.images is None:
+            raise DataError(
+                f"{self.mixture.name(index)} has an image, and no image folder is given.",
+                "Pass --images DIR, the folder that the paths in the file are relative to.",
+            )
+        path = image_path(self.images, image)
+        try:
+            return self.preprocess([read_image(path)])[0]
+        except UnreadableImage as error:
+            raise UnreadableImage(
+                f"{self.mixture.name(index)}: {error.problem}",
+                "Find all such images before training: "
+                f"`kuea-mllm doctor --data {self.mixture.source} --images {self.images}`.",
+            ) from error
+
+
+def image_path(folder: Path, name: str) -> Path:
+    """Return where an image lies.
+
+    Raises:
+        DataError: If that is outside of the folder. Links within it may lead elsewhere.
+    """
+    if leaves_folder(name):
+        raise DataError(f"image {name} does not lie below the image folder {folder}.")
+    return folder / name
