@@ -29,7 +29,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@if command -v uv >/dev/null 2>&1; then \
 		set -ex; \
 		uv venv --quiet --allow-existing --python "$(PYTHON)" "$(VENV)"; \
-		uv pip install --quiet --python "$(BIN)/python" -r requirements.lock; \
+		uv pip install --quiet --compile-bytecode --python "$(BIN)/python" -r requirements.lock; \
 		uv pip install --quiet --python "$(BIN)/python" --no-deps -e .; \
 	else \
 		set -ex; \

@@ -11,8 +11,24 @@ from kuea_mllm.adapters.base import (
     AdapterManifest,
     ChatRequest,
     MLLMAdapter,
+    MLLMExporter,
+    MLLMImporter,
+    MLLMPartsImporter,
     MLLMRuntime,
+    Tap,
+    TowerReference,
     TowerSlot,
 )
 
-__all__ = ["AdapterManifest", "ChatRequest", "MLLMAdapter", "MLLMRuntime", "TowerSlot"]
+__all__ = [
+    "AdapterManifest",
+    "ChatRequest",
+    "MLLMAdapter",
+    "MLLMExporter",
+    "MLLMImporter",
+    "MLLMPartsImporter",
+    "MLLMRuntime",
+    "Tap",
+    "TowerReference",
+    "TowerSlot",
+]

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+# Where a swap puts the tower of a model that only names one, inside of the model's directory.
+# SGLang takes a named tower only if its path contains "clip" or "siglip".
+NAMED_TOWER_DIRECTORY = "clip_vision_tower"
+
 
 @dataclass(frozen=True)
 class AdapterManifest:
@@ -23,11 +27,13 @@ class AdapterManifest:
         name: Short name, the one given to `--mllm`.
         summary: One line for listings, e.g. of `kuea-mllm doctor`.
         factory: "module:Class" of the adapter, imported only by `load`.
+        is_fallback: Whether the adapter is only for models that no other adapter recognises.
     """
 
     name: str
     summary: str
     factory: str
+    is_fallback: bool = False
 
     def load(self) -> MLLMAdapter:
         """Import the factory and make the adapter.
@@ -55,28 +61,64 @@ class AdapterManifest:
 
 
 @dataclass(frozen=True)
+class Tap:
+    """Which tokens of the tower an MLLM reads.
+
+    Attributes:
+        layers: Indices into `hidden_states`, negative from the end: 0 is the input of the first
+            block, -1 the output of the last. Several are joined along the width or read one by one.
+        drops_cls: Whether the first token is left out: the class token, where the family has one.
+        after_norm: Whether the final norm (`post_layernorm`) is applied to what is read.
+    """
+
+    layers: tuple[int, ...]
+    drops_cls: bool
+    after_norm: bool = False
+
+
+@dataclass(frozen=True)
+class TowerReference:
+    """A tower that a base keeps elsewhere: its configuration names it, its loader fetches it.
+
+    Attributes:
+        file: Configuration file, relative to the model directory.
+        key: Key in it, such as "mm_vision_tower".
+        value: What it says: a Hub id or a path.
+    """
+
+    file: str
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
 class TowerSlot:
     """Where the vision tower of one base model sits and how it is read.
 
     Attributes:
         vision_config: The tower's configuration as the base model builds it, defaults filled in
             (keys as in `transformers.CLIPVisionConfig`).
-        key_prefixes: What may stand before the tower's tensor names on disk, most specific first.
-            What follows is a name of the vision body ("embeddings.class_embedding", ...).
-        tap_layer: Index into `hidden_states` that the MLLM reads; negative counts from the end.
-        drops_cls: Whether the class token is left out of what the MLLM sees.
+        module: Dotted path of the tower in a loaded model ("model.vision_tower"). On disk the tower
+            is found by the names and shapes of all its tensors; the path only decides between two
+            towers of the same shape.
+        tap: Which of its tokens the MLLM reads, None if that is not known.
         family: Tower family the slot takes, as in `TowerSpec.family` ("clip", "siglip").
         mean: Channel means the base normalises images with, or None if it does not say.
         std: Channel deviations likewise.
+        projector_width: Width of the tower tokens that the projector was made for, read off its
+            weights; of one of them, where it takes several joined. None if that is not known.
+        reference: Set where the configuration names a tower that its loader takes from elsewhere,
+            whatever the weight files hold.
     """
 
     vision_config: Mapping[str, Any]
-    key_prefixes: tuple[str, ...]
-    tap_layer: int
-    drops_cls: bool
+    module: str
+    tap: Tap | None
     family: str
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    projector_width: int | None = None
+    reference: TowerReference | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +204,10 @@ class MLLMAdapter(Protocol):
         ...
 
     def tower_slot(self, base: Path) -> TowerSlot:
-        """Describe the vision tower that a base model asks for; reads configuration files only.
+        """Describe the vision tower that a base model asks for.
+
+        Reads configuration files, and of weight files the headers at most; a directory without
+        weights has a slot too.
 
         Raises:
             UserError: If the configuration does not describe a tower that can be swapped.
@@ -187,5 +232,159 @@ class MLLMAdapter(Protocol):
 
         Raises:
             UserError: If the directory, the dtype or the device is not usable.
+        """
+        ...
+
+
+@runtime_checkable
+class MLLMImporter(Protocol):
+    """What an adapter may provide on top: turning its model's released form into one it supports.
+
+    For models whose authors publish them in a layout of their own.
+    """
+
+    def import_released(
+        self, source: Path, destination: Path, *, tower: str | None, command: str | None
+    ) -> None:
+        """Write a complete model directory from a released one.
+
+        Args:
+            source: Released model directory, which is left as it is.
+            destination: Directory to create.
+            tower: Where to take the vision tower from if the release only names it; None takes what
+                the release says.
+            command: Command line to record.
+
+        Raises:
+            UserError: If the release is incomplete or of another layout, or `destination` exists.
+        """
+        ...
+
+
+@runtime_checkable
+class MLLMPartsImporter(Protocol):
+    """What an adapter provides instead, if its model is released in parts that lie apart."""
+
+    def import_parts(
+        self,
+        source: Path,
+        destination: Path,
+        *,
+        language_model: Path | None,
+        tokenizer: Path | None,
+        tower: str | None,
+        activation: str | None,
+        heads: int | None,
+        command: str | None,
+    ) -> None:
+        """Write a complete model directory from the parts of a release.
+
+        Args:
+            source: The trained part, or a directory that holds all parts; left as it is.
+            destination: Directory to create.
+            language_model: Directory of the language model; None where it lies in `source`.
+            tokenizer: Directory of the tokenizer; None takes the language model's.
+            tower: The vision tower, anything that `load_tower` takes; None takes the release's.
+            activation: The tower's, where its files do not state it.
+            heads: Likewise.
+            command: Command line to record.
+
+        Raises:
+            UserError: If a part is missing, incomplete or does not fit the others, or `destination`
+                exists.
+        """
+        ...
+
+
+@runtime_checkable
+class MLLMExporter(Protocol):
+    """What an adapter may provide on top: the way back to the files of a release."""
+
+    def export_released(self, source: Path, destination: Path) -> None:
+        """Write a model directory as its authors release theirs; the inverse of the import.
+
+        Args:
+            source: Model directory in Hugging Face form.
+            destination: Directory to create.
+
+        Raises:
+            UserError: If `source` is incomplete, or `destination` exists.
+        """
+        ...
+
+
+@runtime_checkable
+class FewShotRuntime(Protocol):
+    """What a runtime may provide on top: prompts with demonstrations and their images.
+
+    Images are encoded apart from the text, so that a demonstration which stands in many prompts is
+    encoded once.
+    """
+
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """Return the length of each prompt in tokens."""
+        ...
+
+    def prompt_room(self, max_new_tokens: int) -> int:
+        """Return the most tokens that a prompt may have with an answer of this length."""
+        ...
+
+    def encode_images(self, images: Sequence[Image]) -> list[Tensor]:
+        """Return what the model makes of each image by itself, to be handed to the others."""
+        ...
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Image]] | Sequence[Sequence[Tensor]],
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        length_penalty: float = 0.0,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        released: bool = False,
+    ) -> list[str]:
+        """Go on with prompts, `<image>` standing where an image belongs.
+
+        Args:
+            prompts: Texts, demonstrations and all.
+            images: The images of each prompt in order, or what `encode_images` gave for them.
+            max_new_tokens: Most tokens per answer.
+            num_beams: Beam search width.
+            length_penalty: Of the beam search.
+            temperature: 0 decodes greedily; above 0 samples.
+            top_p: Nucleus of the sampling.
+            released: Decode as the published code of the model does, faults included.
+
+        Returns:
+            The new text of each prompt as it comes, without special tokens.
+
+        Raises:
+            UserError: If a prompt does not fit its images or the context.
+        """
+        ...
+
+    def rank(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Image]] | Sequence[Sequence[Tensor]],
+        class_names: Sequence[str],
+        *,
+        released: bool = False,
+    ) -> list[list[float]]:
+        """Score class names as continuations of prompts.
+
+        Args:
+            prompts: As for `complete`.
+            images: As for `complete`; with `released` also more than the prompt has places for.
+            class_names: The candidates.
+            released: Rank as the published code of the model does, faults included.
+
+        Returns:
+            For each prompt the mean log-probability of each name's tokens.
+
+        Raises:
+            UserError: If a prompt does not fit its images or the context.
         """
         ...

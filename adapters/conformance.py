@@ -2,20 +2,31 @@
 
 from kuea_mllm.adapters.conformance import problems_of
 assert problems_of(MyAdapter(), tiny_base) == []
+
+Whether a swap on files and one in memory agree is checked one level up, by
+`kuea_mllm.swapping.verify` and the tests of swapping; here the tower's bytes are exchanged by hand.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kuea_mllm.adapters.base import ChatRequest, MLLMAdapter, MLLMRuntime, TowerSlot
-from kuea_mllm.adapters.checkpoint import tensor_entries
+from kuea_mllm.adapters.base import (
+    ChatRequest,
+    MLLMAdapter,
+    MLLMRuntime,
+    Tap,
+    TowerReference,
+    TowerSlot,
+)
 from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
+from kuea_mllm.model_files import TensorEntry, tensor_entries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,22 +44,24 @@ _VISION_KEYS = (
 _NEW_TOKENS = 4
 
 
-def problems_of(adapter: MLLMAdapter, base: Path) -> list[str]:
+def problems_of(adapter: MLLMAdapter, base: Path, *, answers: bool = True) -> list[str]:
     """Run all checks in float32 on the CPU.
 
     Args:
         adapter: The adapter to check.
         base: A complete model directory that the adapter supports, small enough to be run.
+        answers: Whether the adapter can answer questions with this base. False for what can only be
+            swapped: opening it must then be refused in words.
 
     Returns:
         One line per statement that does not hold; empty for an adapter that conforms.
     """
-    checks: tuple[Callable[[MLLMAdapter, Path], Iterator[str]], ...] = (
+    checks: list[Callable[[MLLMAdapter, Path], Iterator[str]]] = [
         _recognition,
         _refusal_of_incomplete,
         _slot,
-        _runtime,
-    )
+    ]
+    checks += [_runtime, _exchange] if answers else [_refusal_to_answer]
     problems: list[str] = []
     for check in checks:
         try:
@@ -85,12 +98,51 @@ def _slot(adapter: MLLMAdapter, base: Path) -> Iterator[str]:
     for key in _VISION_KEYS:
         if slot.vision_config.get(key) is None:
             yield f"tower_slot().vision_config lacks {key}"
-    layers = int(slot.vision_config.get("num_hidden_layers", 0))
-    # hidden_states holds the embeddings as well, hence one more than there are layers.
-    if not -(layers + 1) <= slot.tap_layer <= layers:
-        yield f"tower_slot().tap_layer is {slot.tap_layer}, the tower has {layers} layers"
-    if not _tower_on_disk(slot, base):
-        yield f"no tensor on disk begins with one of {slot.key_prefixes}"
+    if slot.tap is not None:
+        yield from _tap(slot.tap, int(slot.vision_config.get("num_hidden_layers", 0)))
+    if slot.projector_width not in (None, slot.vision_config.get("hidden_size")):
+        yield (
+            f"tower_slot().projector_width is {slot.projector_width}, the tower's tokens are "
+            f"{slot.vision_config.get('hidden_size')} wide"
+        )
+    if slot.reference is not None:
+        yield from _reference(slot.reference, base)
+        # Its tower is elsewhere; that the weights hold a copy as well is not required.
+        return
+    try:
+        _tower_on_disk(slot, base)
+    except UserError as error:
+        yield f"tower_slot() does not lead to the tower on disk: {error}"
+
+
+def _tap(tap: Tap, layers: int) -> Iterator[str]:
+    if not tap.layers:
+        yield "tower_slot().tap reads no layer; an unknown tap is None"
+    for layer in tap.layers:
+        # hidden_states holds the embeddings as well, hence one more than there are layers.
+        if not -(layers + 1) <= layer <= layers:
+            yield f"tower_slot().tap reads layer {layer}, the tower has {layers} layers"
+
+
+def _reference(reference: TowerReference, base: Path) -> Iterator[str]:
+    if not (base / reference.file).is_file():
+        yield f"tower_slot().reference names the file {reference.file}, which is not there"
+        return
+    content = json.loads((base / reference.file).read_text())
+    found = content.get(reference.key) if isinstance(content, dict) else None
+    if found != reference.value:
+        yield (
+            f"tower_slot().reference says {reference.value!r}, {reference.file} has {found!r} "
+            f"under {reference.key}"
+        )
+
+
+def _refusal_to_answer(adapter: MLLMAdapter, base: Path) -> Iterator[str]:
+    try:
+        adapter.open_runtime(base, dtype="float32", device="cpu")
+    except UserError:
+        return
+    yield "open_runtime() opens a base that was said not to answer"
 
 
 def _runtime(adapter: MLLMAdapter, base: Path) -> Iterator[str]:
@@ -104,10 +156,35 @@ def _runtime(adapter: MLLMAdapter, base: Path) -> Iterator[str]:
         if key not in runtime.describe():
             yield f"describe() lacks {key}"
     json.dumps(runtime.describe(), allow_nan=False)
-    on_disk = fingerprint_state(_tower_on_disk(adapter.tower_slot(base), base))
-    if fingerprint_state(runtime.vision_state()) != on_disk:
-        yield "vision_state() is not the tower on disk"
+    slot = adapter.tower_slot(base)
+    if slot.reference is None:
+        on_disk = fingerprint_state(_tower_on_disk(slot, base))
+        if fingerprint_state(runtime.vision_state()) != on_disk:
+            yield "vision_state() is not the tower on disk"
     yield from _answers(runtime)
+
+
+def _exchange(adapter: MLLMAdapter, base: Path) -> Iterator[str]:
+    """Exchange the bytes of the tower in a copy: is the copy taken, and is it the one in use?"""
+    from kuea_mllm.towers.fingerprint import fingerprint_state
+
+    slot = adapter.tower_slot(base)
+    if slot.reference is not None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(base, copy)
+        other = {name: -tensor for name, tensor in _tower_on_disk(slot, base).items()}
+        for name, entry in _entries_of_tower(slot, copy).items():
+            with (copy / entry.file).open("r+b") as stream:
+                stream.seek(entry.start)
+                stream.write(_bytes(other[name]))
+        adapter.check_base(copy)
+        if adapter.tower_slot(copy) != slot:
+            yield "tower_slot() depends on the values of the tower"
+        runtime = adapter.open_runtime(copy, dtype="float32", device="cpu")
+        if fingerprint_state(runtime.vision_state()) != fingerprint_state(other):
+            yield "open_runtime() does not use the tower that is in the directory's files"
 
 
 def _answers(runtime: MLLMRuntime) -> Iterator[str]:
@@ -126,16 +203,25 @@ def _answers(runtime: MLLMRuntime) -> Iterator[str]:
         yield "generate() does not return an empty list for no requests"
 
 
+def _entries_of_tower(slot: TowerSlot, base: Path) -> dict[str, TensorEntry]:
+    from kuea_mllm.towers.locate import expected_shapes, locate_tensors
+
+    expected = expected_shapes(slot.family, slot.vision_config)
+    return locate_tensors(tensor_entries(base), expected, module=slot.module, where=str(base))[1]
+
+
 def _tower_on_disk(slot: TowerSlot, base: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
-    entries = tensor_entries(base)
-    for prefix in slot.key_prefixes:
-        state = {}
-        for name, entry in entries.items():
-            if name.startswith(prefix):
-                with safe_open(base / entry.file, framework="pt") as file:
-                    state[name.removeprefix(prefix)] = file.get_tensor(name)
-        if any(name.startswith("encoder.layers.") for name in state):
-            return state
-    return {}
+    state = {}
+    for name, entry in _entries_of_tower(slot, base).items():
+        with safe_open(base / entry.file, framework="pt") as file:
+            state[name] = file.get_tensor(entry.name)
+    return state
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    import torch
+
+    content: bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return content

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from kuea_mllm.adapters.base import AdapterManifest, MLLMAdapter
 from kuea_mllm.errors import UserError
 from kuea_mllm.io import read_json
+
+LOGGER = logging.getLogger("kuea_mllm")
 
 GROUP = "kuea_mllm.adapters"
 
@@ -55,34 +58,56 @@ def get_adapter(name: str) -> MLLMAdapter:
 def adapter_for(model_dir: Path) -> MLLMAdapter:
     """Find the adapter that recognises a model directory by its `config.json`.
 
+    Fallback adapters are loaded and asked only where no other one recognises it.
+
     Raises:
         UserError: If the directory has no configuration or no single adapter recognises it.
     """
     config = read_model_config(model_dir)
     usable, _ = _discover()
     problems: list[str] = []
-    matches: list[MLLMAdapter] = []
-    for name in sorted(usable):
-        try:
-            adapter = usable[name].load()
-            if adapter.recognises(config):
-                matches.append(adapter)
-        # One broken package must not hide the adapters that work.
-        except Exception as error:
-            problems.append(f"{name} ({error})")
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        names = ", ".join(adapter.name for adapter in matches)
-        raise UserError(
-            f"{model_dir} is recognised by several adapters: {names}.", "Choose one by its name."
-        )
+    for is_fallback in (False, True):
+        manifests = [usable[name] for name in sorted(usable)]
+        asked = [manifest for manifest in manifests if manifest.is_fallback == is_fallback]
+        matches = _recognising(asked, config, problems)
+        if len(matches) > 1:
+            names = ", ".join(adapter.name for adapter in matches)
+            raise UserError(
+                f"{model_dir} is recognised by several adapters: {names}.",
+                "Choose one by its name.",
+            )
+        if matches:
+            if is_fallback and problems:
+                LOGGER.warning(
+                    "adapter %s is used for %s; these failed before they could be asked: %s",
+                    matches[0].name,
+                    model_dir,
+                    "; ".join(problems),
+                )
+            return matches[0]
     failed = f" These adapters failed: {'; '.join(problems)}." if problems else ""
+    if "auto_map" in config:
+        failed = f" It brings its own code (auto_map), which is never run.{failed}"
     raise UserError(
         f"no adapter recognises {model_dir} (model_type {config.get('model_type')!r}).{failed}",
         f"Installed: {', '.join(sorted(usable)) or 'none'}. "
         "Give the directory of a supported MLLM, or install an adapter for this one.",
     )
+
+
+def _recognising(
+    manifests: Sequence[AdapterManifest], config: Mapping[str, object], problems: list[str]
+) -> list[MLLMAdapter]:
+    matches: list[MLLMAdapter] = []
+    for manifest in manifests:
+        try:
+            adapter = manifest.load()
+            if adapter.recognises(config):
+                matches.append(adapter)
+        # One broken package must not hide the adapters that work.
+        except Exception as error:
+            problems.append(f"{manifest.name} ({error})")
+    return matches
 
 
 def read_model_config(model_dir: Path) -> Mapping[str, object]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
+import logging
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +19,10 @@ from typing import Any
 
 from kuea_mllm.errors import EnvironmentFailure, OutputError, UserError
 
+LOGGER = logging.getLogger("kuea_mllm")
+
+# Between the creation of a partial directory and its lock there are microseconds.
+_FRESH_SECONDS = 10.0
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -26,7 +35,7 @@ def require_free_output(destination: Path) -> None:
     if destination.exists() or destination.is_symlink():
         raise OutputError(
             f"output {destination} exists already.",
-            "Choose another --out, or remove it first; nothing is ever overwritten.",
+            "Choose another place, or remove it first; nothing is ever overwritten.",
         )
     parent = destination.absolute().parent
     while not parent.exists():
@@ -40,33 +49,91 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `destination` that becomes it when the block succeeds.
 
     Whatever ends the block early (an error, a full disk, Ctrl-C) removes the sibling, so that a
-    directory which exists is complete.
+    directory which exists is complete. What a killed process left behind is removed by the next one
+    that writes to the same place. Of two processes that write there at once, one wins.
 
     Args:
         destination: Directory to create; must not exist.
 
     Raises:
-        OutputError: If `destination` exists or cannot be created.
+        OutputError: If `destination` exists, is made by another process meanwhile, or cannot be
+            created.
         EnvironmentFailure: If the disk is full.
     """
     destination = Path(destination)
     require_free_output(destination)
     parent = destination.absolute().parent
     created = create_directory(parent, wanted_for=destination)
+    # A hidden name, so that a listing never shows it as something finished.
+    prefix = f".{destination.name}.partial-"
+    _remove_abandoned(parent, prefix)
     try:
-        # A hidden name, so that a listing never shows it as something finished.
-        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=parent))
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        follow_umask(partial)
     except OSError as error:
         raise OutputError(f"output {destination} cannot be created: {error.strerror}.") from error
-    partial.chmod(0o755)
     try:
-        with disk_errors_named(destination):
+        with disk_errors_named(destination), _held(partial):
             yield partial
-            partial.replace(destination)
+            _rename(partial, destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         remove_empty_parents(parent, created)
         raise
+
+
+def _rename(partial: Path, destination: Path) -> None:
+    try:
+        if destination.is_dir():
+            # rename(2) would silently replace an empty directory.
+            raise OSError(errno.EEXIST, "File exists")
+        partial.rename(destination)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise OutputError(
+                f"output {destination} was created by another process meanwhile.",
+                "What is there is left alone; choose another --out.",
+            ) from error
+        raise
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Hold a lock on a directory that ends with this process, whatever ends it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        _try_lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the partial directories of processes that were killed."""
+    for path in parent.glob(f"{glob.escape(prefix)}*"):
+        try:
+            # A fresh one may not be locked yet.
+            if time.time() - path.stat().st_mtime < _FRESH_SECONDS:
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+        # Removed by its owner meanwhile, or of another user.
+        except OSError:
+            continue
+        try:
+            if _try_lock(descriptor):
+                LOGGER.warning("Removing %s, which an interrupted command left behind.", path)
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Held by someone else; or a file system without locks, where nothing can be told.
+    except OSError:
+        return False
+    return True
 
 
 def create_directory(directory: Path, *, wanted_for: Path | None = None) -> Path | None:
@@ -139,6 +206,27 @@ def name_disk_error(
         or "Free some space (or choose another --out) and run the command again; "
         "nothing was left behind.",
     )
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file or directory the permissions that a plain `open` or `mkdir` gives.
+
+    tempfile, and safetensors since 0.8, create for their owner alone, so that nobody else could
+    read what was written.
+    """
+    # Asked of the system, because a process reads its umask only by changing it for all threads.
+    if path.is_dir():
+        # Inside, so that whoever removes the directory removes what a killed process left.
+        plain = path / f".mode-{os.getpid()}"
+        plain.mkdir()
+        mode = plain.stat().st_mode
+        plain.rmdir()
+    else:
+        plain = path.with_name(f".{path.name}.mode-{os.getpid()}")
+        plain.touch()
+        mode = plain.stat().st_mode
+        plain.unlink()
+    path.chmod(stat.S_IMODE(mode))
 
 
 def write_text(path: Path, text: str) -> None:

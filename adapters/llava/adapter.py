@@ -6,42 +6,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kuea_mllm.adapters.base import MLLMRuntime, TowerSlot
-from kuea_mllm.adapters.checkpoint import channel_values, check_complete, image_settings
+from kuea_mllm.adapters.base import MLLMRuntime, Tap, TowerSlot
+from kuea_mllm.adapters.llava.original import check_original, is_original, original_slot
+from kuea_mllm.adapters.llava.reading import find_reading_problems
+from kuea_mllm.adapters.projector import ProjectorInput, projector_width
+from kuea_mllm.adapters.reading import ReadingProblem
 from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
+from kuea_mllm.model_files import channel_values, check_complete, image_settings
 
 if TYPE_CHECKING:
     from torch import nn
 
 # transformers' name of the tower's configuration -> our family.
 _FAMILIES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-
-# Releases differ twice: with or without "model." in front (a state dict against a saved file), with
-# or without the "vision_model." level that transformers 5 dropped. Longest match first.
-_KEY_PREFIXES = (
-    "model.vision_tower.vision_model.",
-    "vision_tower.vision_model.",
-    "model.vision_tower.",
-    "vision_tower.",
-)
+_CLASSES = {"LlavaForConditionalGeneration", "LlavaModel"}
+_PROJECTOR = "multi_modal_projector.linear_1.weight"
 
 
 class LlavaAdapter:
-    """LLaVA-1.5 in Hugging Face form (`LlavaForConditionalGeneration`)."""
+    """LLaVA-1.5 in Hugging Face form, and its authors' layout as far as a swap needs it."""
 
     name = "llava"
 
     def recognises(self, config: Mapping[str, object]) -> bool:
         """Say whether this is a LLaVA configuration, original layout included."""
-        return config.get("model_type") == "llava" or _is_original_layout(config)
+        return config.get("model_type") == "llava" or is_original(config)
 
     def check_base(self, base: Path) -> None:
-        """Make sure that a LLaVA directory is complete and in Hugging Face layout.
+        """Make sure that a LLaVA directory is complete, in either layout.
 
         Raises:
-            UserError: Naming the missing file or the layout.
+            UserError: Naming the missing file.
         """
+        if is_original(read_model_config(base)):
+            check_original(base)
+            return
         _read_config(base)
         check_complete(base)
 
@@ -49,8 +49,10 @@ class LlavaAdapter:
         """Describe the tower of a LLaVA directory, defaults filled in as transformers does.
 
         Raises:
-            UserError: If the tower is neither CLIP nor SigLIP, or several layers are read.
+            UserError: If the tower is neither CLIP nor SigLIP.
         """
+        if is_original(read_model_config(base)):
+            return original_slot(base)
         config = resolve_config(base)
         vision = config.vision_config.to_dict()
         family = _FAMILIES.get(str(vision.get("model_type")))
@@ -59,22 +61,22 @@ class LlavaAdapter:
                 f"{base / 'config.json'} asks for a {vision.get('model_type')!r} vision tower.",
                 f"Only these can be swapped: {', '.join(_FAMILIES)}.",
             )
-        layer = config.vision_feature_layer
-        if not isinstance(layer, int):
-            raise UserError(
-                f"{base / 'config.json'} reads several layers (vision_feature_layer {layer}); "
-                "LLaVA-1.5 reads one."
-            )
+        chosen = config.vision_feature_layer
+        layers = (chosen,) if isinstance(chosen, int) else tuple(chosen)
         settings = image_settings(base)
         return TowerSlot(
             vision_config=vision,
-            key_prefixes=_KEY_PREFIXES,
-            tap_layer=layer,
-            drops_cls=config.vision_feature_select_strategy == "default",
+            module="model.vision_tower",
+            tap=Tap(layers, drops_cls=config.vision_feature_select_strategy == "default"),
             family=family,
             mean=channel_values(settings, "image_mean", base),
             std=channel_values(settings, "image_std", base),
+            projector_width=projector_width(base, ProjectorInput(_PROJECTOR, 1, len(layers))),
         )
+
+    def reading_problems(self, base: Path) -> list[ReadingProblem]:
+        """Compare the settings of a directory with those that LLaVA-1.5 was trained with."""
+        return find_reading_problems(base)
 
     def vision_module(self, model: nn.Module) -> nn.Module:
         """Return the vision tower of a loaded `LlavaForConditionalGeneration` or `LlavaModel`.
@@ -91,12 +93,25 @@ class LlavaAdapter:
             )
         return tower
 
+    def import_released(
+        self, source: Path, destination: Path, *, tower: str | None, command: str | None
+    ) -> None:
+        """Write the Hugging Face form of a LLaVA-1.5 in its authors' layout.
+
+        Raises:
+            UserError: If the source is incomplete or of another layout, or `destination` exists.
+        """
+        from kuea_mllm.adapters.llava.import_original import import_original
+
+        import_original(source, destination, vision_tower=tower, command=command)
+
     def open_runtime(self, model_dir: Path, *, dtype: str, device: str) -> MLLMRuntime:
         """Load a LLaVA directory for answering questions.
 
         Raises:
             UserError: If the directory, the dtype or the device is not usable.
         """
+        _read_config(model_dir)
         self.check_base(model_dir)
         # Checked before the slow part: the same refusals as for a swap.
         self.tower_slot(model_dir)
@@ -126,25 +141,23 @@ def resolve_config(model_dir: Path) -> Any:
 
 def _read_config(model_dir: Path) -> Mapping[str, object]:
     config = read_model_config(model_dir)
-    if _is_original_layout(config):
+    if is_original(config):
         raise UserError(
             f"{model_dir} is LLaVA in its original layout (model_type "
             f"{config.get('model_type')!r}, mm_vision_tower {config.get('mm_vision_tower')!r}), "
-            "which is not supported.",
-            "Use the Hugging Face form, e.g. llava-hf/llava-1.5-7b-hf, or convert it with "
-            "transformers' models/llava/convert_llava_weights_to_hf.py.",
+            "which is not run here.",
+            "Make the Hugging Face form of it: kuea-mllm convert SOURCE NEW --mllm llava.",
         )
     if config.get("model_type") != "llava":
         raise UserError(
             f"{model_dir} is not LLaVA-1.5: config.json says model_type "
             f"{config.get('model_type')!r}, expected 'llava'."
         )
+    named = config.get("architectures")
+    if isinstance(named, list) and named and not set(named) & _CLASSES:
+        raise UserError(
+            f"{model_dir / 'config.json'} names the model class {named[0]}, which may read its "
+            "tower in another way than LLaVA-1.5.",
+            "Models that bring their own code (auto_map, trust_remote_code) cannot be used.",
+        )
     return config
-
-
-def _is_original_layout(config: Mapping[str, object]) -> bool:
-    # The original code writes model_type "llava_llama", older releases "llava" with its own fields;
-    # transformers would load the latter with random weights (fact sheet, trap 11).
-    return config.get("model_type") == "llava_llama" or (
-        config.get("model_type") == "llava" and "mm_vision_tower" in config
-    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kuea_mllm.errors import DataError
+from kuea_mllm.adapters.images import as_plain_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,21 +55,3 @@ class PaddedImages:
         rgb = [as_plain_rgb(image) for image in images]
         values: Tensor = self._processor(rgb, return_tensors="pt")["pixel_values"]
         return values
-
-
-def as_plain_rgb(image: Image) -> Image:
-    """Return an image as RGB, transparency ignored as in LLaVA's training.
-
-    Raises:
-        DataError: If the image cannot be decoded.
-    """
-    try:
-        rgb = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        name = getattr(image, "filename", "") or f"of mode {image.mode}, size {image.size}"
-        raise DataError(f"image {name} cannot be decoded: {error}.") from error
-    if "transparency" in rgb.info:
-        # A converted palette image keeps this note, and transformers would whiten that colour.
-        rgb = rgb.copy()
-        del rgb.info["transparency"]
-    return rgb

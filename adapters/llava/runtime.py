@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from kuea_mllm.adapters.base import ChatRequest
-from kuea_mllm.adapters.checkpoint import channel_values, image_settings
 from kuea_mllm.adapters.llava.adapter import resolve_config
 from kuea_mllm.adapters.llava.images import PaddedImages
 from kuea_mllm.adapters.llava.loading import load_model_and_tokenizer
 from kuea_mllm.adapters.llava.prompt import build_prompt, check_tokenizer, tokenize_prompt
 from kuea_mllm.errors import EnvironmentFailure, UserError
+from kuea_mllm.model_files import channel_values, image_settings
 
 LOGGER = logging.getLogger("kuea_mllm")
 

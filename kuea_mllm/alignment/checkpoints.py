@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kuea_mllm.errors import EnvironmentFailure, KueaError, UserError
-from kuea_mllm.io import name_disk_error, read_json, sync_to_disk
+from kuea_mllm.io import follow_umask, name_disk_error, read_json, sync_to_disk
 from kuea_mllm.log import LOGGER
 
 WEIGHTS, STATE, TRAINER_STATE = "model.safetensors", "state.json", "trainer_state.json"
@@ -247,6 +247,7 @@ def first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
 def _write(snapshot: Snapshot, partial: Path) -> None:
     partial.mkdir()
     save_file(dict(snapshot.weights), partial / WEIGHTS, metadata={"format": "pt"})
+    follow_umask(partial / WEIGHTS)
     for name, content in snapshot.pickles.items():
         # Through a Python file: torch's own writer hides what the system said went wrong.
         with (partial / name).open("wb") as file:

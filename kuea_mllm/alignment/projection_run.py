@@ -25,7 +25,7 @@ from kuea_mllm.data.dataset import ImageDataset
 from kuea_mllm.data.transforms import unit_pixels
 from kuea_mllm.data.unreadable import UnreadableCounter
 from kuea_mllm.errors import RecipeError
-from kuea_mllm.io import atomic_directory, require_free_output, write_json
+from kuea_mllm.io import atomic_directory, follow_umask, require_free_output, write_json
 from kuea_mllm.log import LOGGER, log_file
 from kuea_mllm.towers.encode import TowerEncoder
 
@@ -78,6 +78,7 @@ def run_projection(
         folder = partial / "projection"
         folder.mkdir()
         save_file({"weight": found.weight}, folder / "projection.safetensors")
+        follow_umask(folder / "projection.safetensors")
         manifest = describe_run(
             inputs, kernel={}, measured={"after": measured}, images_left_out=embed.left_out()
         )

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kuea_mllm.cli.common import DryRun, Json, Out, SetOption, fail, print_json, verb
+from kuea_mllm.cli.common import (
+    Activation,
+    DryRun,
+    Heads,
+    Json,
+    Out,
+    SetOption,
+    fail,
+    print_json,
+    verb,
+)
 from kuea_mllm.launch import (
     has_parent,
     is_launched_by_torchrun,
@@ -94,12 +104,8 @@ def align(
     teacher_readout: Annotated[
         Readout | None, typer.Option(help="Output of the teacher to align with.")
     ] = None,
-    activation: Annotated[
-        str | None, typer.Option(help="quick_gelu or gelu, for checkpoint files.")
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option(help="Attention heads, for checkpoint files.")
-    ] = None,
+    activation: Activation = None,
+    heads: Heads = None,
     json_output: Json = False,
 ) -> None:
     """Align a CLIP-family tower with a vision teacher by matching kernel matrices.

@@ -37,6 +37,16 @@ SetOption = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, print the resolved plan, stop.")
 ]
+Activation = Annotated[
+    str | None,
+    typer.Option(
+        help="quick_gelu, gelu or gelu_pytorch_tanh: for checkpoint files, which do not state it."
+    ),
+]
+Heads = Annotated[
+    int | None,
+    typer.Option(help="Attention heads, for checkpoint files with another width than 64 each."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 INTERRUPTED = 130

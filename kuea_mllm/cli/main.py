@@ -21,10 +21,12 @@ from kuea_mllm.cli import (
     evaluate,
     pack,
     plan,
+    push,
     quickstart,
     recipes,
     swap,
     sweep,
+    verify,
     world,
 )
 from kuea_mllm.errors import Terminated
@@ -50,9 +52,11 @@ for name, function, summary in (
     ("align", align.align, "Align a CLIP tower with a vision teacher."),
     ("sweep", sweep.sweep, "Align at every combination of some settings."),
     ("swap", swap.swap, "Put an aligned tower into a multimodal LLM."),
+    ("verify", verify.verify, "Say which tower is in a model, and prove it."),
     ("eval", evaluate.evaluate, "Score a multimodal LLM with lmms-eval."),
     ("compare", compare.compare, "Compare two evaluations, question by question."),
     ("convert", convert.convert, "Convert a tower between file formats."),
+    ("push", push.push, "Upload a tower or model to the Hugging Face Hub."),
 ):
     app.command(name, short_help=summary)(function)
 app.add_typer(recipes.app, name="recipes")

@@ -20,6 +20,14 @@ def quickstart(
     ] = None,
     questions: Annotated[int, typer.Option(min=20, help="Questions for each of the tasks.")] = 600,
     seed: Annotated[int, typer.Option(help="Seed of images, questions and data order.")] = 0,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="Also train a mini Flamingo and compare both towers in it at 0 and 4 shots: some "
+            "minutes more.",
+        ),
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Align, swap, evaluate and compare on a tiny world that ships with the package.
@@ -29,7 +37,12 @@ def quickstart(
     from kuea_mllm.workflows.quickstart import run_quickstart
 
     result = run_quickstart(
-        out, steps=steps, questions=questions, seed=seed, show_progress=not json_output
+        out,
+        steps=steps,
+        questions=questions,
+        seed=seed,
+        full=full,
+        show_progress=not json_output,
     )
     if json_output:
         print_json(result)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kuea_mllm.errors import EnvironmentFailure, KueaError
+from kuea_mllm.errors import DataError, EnvironmentFailure, KueaError
 from kuea_mllm.evaluation.session import FAILED_ANSWER, Failure, Session
 from kuea_mllm.log import LOGGER
+
+if TYPE_CHECKING:
+    from kuea_mllm.evaluation.fewshot.completion import Completer
 
 DEFAULT_NEW_TOKENS = 1024
 """Where a task sets no limit; the same as in lmms-eval's own model classes."""
@@ -22,18 +25,36 @@ DEFAULT_NEW_TOKENS = 1024
 HOPELESS = 16
 """A run whose first so many questions all fail is stopped: something is wrong with all of it."""
 
-_READ_KEYS = {"max_new_tokens", "num_beams", "temperature", "top_p", "do_sample", "until"}
+_READ_KEYS = {
+    "max_new_tokens",
+    "num_beams",
+    "temperature",
+    "top_p",
+    "do_sample",
+    "until",
+    "completes",
+}
+_COMPLETION_KEYS = {"length_penalty", "class_names", "released"}
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How an answer is decoded; questions of one batch share it."""
+    """How an answer is decoded; questions of one batch share it.
+
+    The last four are for few-shot tasks: `completes` says that the prompt is complete as it is,
+    with image tags and demonstrations; with `class_names` those are ranked instead of text written;
+    `released` repeats faults of the published evaluation (docs/fewshot.md).
+    """
 
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     num_beams: int = 1
     temperature: float = 0.0
     top_p: float | None = None
     until: tuple[str, ...] = ()
+    completes: bool = False
+    length_penalty: float = 0.0
+    class_names: tuple[str, ...] = ()
+    released: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,14 +91,20 @@ def read_generation_kwargs(kwargs: Mapping[str, Any]) -> tuple[GenerationSetting
     elif kwargs.get("do_sample") and "temperature" not in kwargs:
         temperature = 1.0
     top_p = kwargs.get("top_p")
+    completes = bool(kwargs.get("completes"))
     settings = GenerationSettings(
         max_new_tokens=int(kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS),
         num_beams=int(kwargs.get("num_beams") or 1),
         temperature=temperature,
         top_p=float(top_p) if top_p is not None and temperature > 0.0 else None,
         until=tuple(stop for stop in stops if stop),
+        completes=completes,
+        length_penalty=float(kwargs.get("length_penalty") or 0.0) if completes else 0.0,
+        class_names=tuple(kwargs.get("class_names") or ()) if completes else (),
+        released=completes and bool(kwargs.get("released")),
     )
-    return settings, sorted(set(kwargs) - _READ_KEYS)
+    known = _READ_KEYS | _COMPLETION_KEYS if completes else _READ_KEYS
+    return settings, sorted(set(kwargs) - known)
 
 
 def cut_at_stop(text: str, until: Sequence[str]) -> str:
@@ -137,9 +164,11 @@ class Answerer:
         return [answers[index] for index in range(len(questions))]
 
     def _batches(self, questions: Sequence[PendingQuestion]) -> Iterator[list[int]]:
-        groups: dict[GenerationSettings, list[int]] = defaultdict(list)
+        groups: dict[tuple[GenerationSettings, str], list[int]] = defaultdict(list)
         for index, question in enumerate(questions):
-            groups[question.settings].append(index)
+            # Few-shot tasks one after the other: each has demonstrations of its own to remember.
+            task = question.task if question.settings.completes else ""
+            groups[question.settings, task].append(index)
         for group in groups.values():
             # Similar lengths need little padding; the longest first, so that memory runs out at
             # the start or not at all.
@@ -160,17 +189,29 @@ class Answerer:
             except Exception as error:
                 answers[index] = self._fail(question, one_line(error))
                 continue
-            if self.session.on_images is not None:
-                self.session.on_images(question.task, question.doc_id, ready[-1][2].images)
+            self._show(question, ready[-1][2])
         if ready:
             answers.update(self._generate(ready))
         return answers
+
+    def _show(self, question: PendingQuestion, prepared: Any) -> None:
+        observe = self.session.on_images
+        if observe is None:
+            return
+        if not question.settings.completes:
+            observe(question.task, question.doc_id, prepared.images)
+            return
+        # An image that cannot be decoded is reported when the question is answered.
+        with suppress(DataError):
+            observe(question.task, question.doc_id, _OwnPicture(prepared))
 
     def _prepare(self, question: PendingQuestion) -> Any:
         from PIL.Image import Image
 
         from kuea_mllm.adapters.base import ChatRequest
 
+        if question.settings.completes:
+            return tuple(question.load_images() or ())
         images = []
         for image in question.load_images() or ():
             if not isinstance(image, Image):
@@ -182,13 +223,7 @@ class Answerer:
         settings = ready[0][1].settings
         failure: _Caught | None = None
         try:
-            texts = self.session.runtime.generate(
-                [request for _, _, request in ready],
-                max_new_tokens=settings.max_new_tokens,
-                num_beams=settings.num_beams,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-            )
+            texts = self._texts(ready, settings)
             if len(texts) != len(ready):
                 raise RuntimeError(f"{len(texts)} answers for a batch of {len(ready)}")
         # A model may fail in any way; the question is then tried alone, and counted if it fails.
@@ -203,6 +238,21 @@ class Answerer:
             index: cut_at_stop(text, settings.until)
             for (index, _, _), text in zip(ready, texts, strict=True)
         }
+
+    def _texts(
+        self, ready: list[tuple[int, PendingQuestion, Any]], settings: GenerationSettings
+    ) -> list[str]:
+        if settings.completes:
+            prompts = [question.prompt for _, question, _ in ready]
+            images = [images for _, _, images in ready]
+            return completer_of(self.session).answer(prompts, images, settings)
+        return self.session.runtime.generate(
+            [request for _, _, request in ready],
+            max_new_tokens=settings.max_new_tokens,
+            num_beams=settings.num_beams,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
 
     def _retry(
         self, ready: list[tuple[int, PendingQuestion, Any]], failure: _Caught
@@ -238,6 +288,32 @@ class Answerer:
                 "Nothing was written. Run with --limit 1 --debug to see where it fails.",
             )
         return FAILED_ANSWER
+
+
+def completer_of(session: Session) -> Completer:
+    """Return what answers the few-shot prompts of a session.
+
+    Raises:
+        EvaluationError: If its model takes no demonstrations.
+    """
+    if session.completer is None:
+        from kuea_mllm.evaluation.fewshot.completion import Completer
+
+        session.completer = Completer(session.runtime)
+    return session.completer
+
+
+class _OwnPicture(Sequence[Any]):
+    """The picture of a few-shot question, the last of its prompt; decoded if it is looked at."""
+
+    def __init__(self, images: Sequence[Any]) -> None:
+        self.images = images[-1:]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.images[place].open()
 
 
 @contextmanager

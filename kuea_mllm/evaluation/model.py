@@ -11,7 +11,12 @@ from typing import Any, NoReturn
 from lmms_eval.api.model import lmms
 
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.generation import Answerer, PendingQuestion, read_generation_kwargs
+from kuea_mllm.evaluation.generation import (
+    Answerer,
+    PendingQuestion,
+    completer_of,
+    read_generation_kwargs,
+)
 from kuea_mllm.evaluation.opening import (
     choose_adapter,
     choose_placement,
@@ -72,6 +77,10 @@ class KueaMLLM(lmms):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer the requests of all tasks, in the order given."""
         questions = [self._read_request(request) for request in requests]
+        prompts = [question for question in questions if question.settings.completes]
+        if prompts:
+            # Before any work: a prompt is never cut short, which would lose the question.
+            completer_of(self.session).require_room(prompts)
         return Answerer(self.session, self.batch_size_per_gpu).answer(questions)
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:

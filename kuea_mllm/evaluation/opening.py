@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kuea_mllm.adapters.records import changed_settings, name_tower, read_record, rival_weights
 from kuea_mllm.devices import choose_device
 from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.session import Session
-from kuea_mllm.io import read_json
 from kuea_mllm.log import LOGGER
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def choose_placement(device: str | None, dtype: str) -> Placement:
 
 
 def open_session(adapter: MLLMAdapter, model_dir: Path, placement: Placement) -> Session:
-    """Load the model and fingerprint the vision weights that it really uses.
+    """Load the model, fingerprint the vision weights that it really uses, and say which they are.
 
     Raises:
         UserError: If the model cannot be loaded, or its tower is not the recorded one.
@@ -81,7 +81,13 @@ def open_session(adapter: MLLMAdapter, model_dir: Path, placement: Placement) ->
     runtime = adapter.open_runtime(model_dir, dtype=placement.dtype, device=placement.device)
     fingerprint = fingerprint_state(runtime.vision_state())
     _require_recorded_tower(model_dir, fingerprint, placement.dtype)
-    LOGGER.info("Opened %s with vision tower %s.", model_dir, fingerprint)
+    record = read_record(model_dir)
+    name = name_tower(record, fingerprint) if record else "the base's own (there is no kuea.json)"
+    LOGGER.info("Opened %s with vision tower %s: %s.", model_dir, fingerprint, name)
+    slot = adapter.tower_slot(model_dir)
+    problems = [] if slot.reference is not None else rival_weights(model_dir)
+    for problem in [*changed_settings(record, slot), *problems]:
+        LOGGER.warning("%s: %s", model_dir, problem)
     return Session(runtime=runtime, fingerprint=fingerprint)
 
 
@@ -96,13 +102,6 @@ def require_tower(session: Session, fingerprint: str | None, model: str) -> None
             f"model {model} holds vision tower {session.fingerprint}, not {fingerprint}.",
             "The directory has changed, or the fingerprint belongs to another model.",
         )
-
-
-def read_record(model_dir: Path) -> dict[str, Any]:
-    """Read what `swap` or `lora` recorded about a model; empty for an untouched base."""
-    path = model_dir / "kuea.json"
-    record = read_json(path) if path.is_file() else {}
-    return record if isinstance(record, dict) else {}
 
 
 def _require_recorded_tower(model_dir: Path, fingerprint: str, dtype: str) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from kuea_mllm.adapters.records import read_record
+from kuea_mllm.config.evaluate import FewShotSettings
 from kuea_mllm.errors import EnvironmentFailure, EvaluationError
 from kuea_mllm.evaluation.columns import Column, build_column
+from kuea_mllm.evaluation.fewshot.completion import Completer
+from kuea_mllm.evaluation.fewshot.plan import read_plan
+from kuea_mllm.evaluation.fewshot.task_files import FewShotTask, require_inputs, write_fewshot_tasks
+from kuea_mllm.evaluation.fewshot.trials import summarise_trials
 from kuea_mllm.evaluation.harness import (
     require_one_process,
     run_lmms_eval,
@@ -18,9 +26,10 @@ from kuea_mllm.evaluation.harness import (
 )
 from kuea_mllm.evaluation.loading import load_tasks
 from kuea_mllm.evaluation.loguru_bridge import import_lmms_eval, lmms_log
-from kuea_mllm.evaluation.opening import choose_adapter, choose_placement, open_session, read_record
+from kuea_mllm.evaluation.opening import choose_adapter, choose_placement, open_session
 from kuea_mllm.evaluation.results import KIND, SCHEMA_VERSION, write_rows
-from kuea_mllm.evaluation.tasks import resolve_tasks
+from kuea_mllm.evaluation.session import Session
+from kuea_mllm.evaluation.tasks import TaskSelection, resolve_tasks
 from kuea_mllm.evaluation.thumbnails import thumbnail_writer
 from kuea_mllm.io import atomic_directory, require_free_output, write_json
 from kuea_mllm.log import LOGGER
@@ -45,6 +54,8 @@ def evaluate(
     command: str | None = None,
     show_progress: bool = True,
     recipe: str | None = None,
+    fewshot: FewShotSettings | None = None,
+    data: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score a model and write a results directory (see `kuea_mllm.evaluation.results`).
 
@@ -66,6 +77,8 @@ def evaluate(
         command: The command line, for the record.
         show_progress: Whether a progress bar is drawn.
         recipe: The resolved recipe, kept as `run.yaml`.
+        fewshot: Few-shot tasks to run beside `tasks`, which may then be empty.
+        data: Folder of each of their data sets.
 
     Returns:
         The content of `summary.json`.
@@ -79,15 +92,24 @@ def evaluate(
     _require_counts(batch_size, limit, max_failures, thumbnails)
     require_one_process()
     require_free_output(out)
-    selection = resolve_tasks(tasks)
+    selection = resolve_tasks(tasks) if tasks or fewshot is None else TaskSelection({}, ())
     chosen = choose_adapter(model_dir, adapter)
     placement = choose_placement(device, dtype)
+    if fewshot is not None:
+        require_inputs(fewshot, data or {})
     started = time.monotonic()
     import_lmms_eval()
-    with atomic_directory(out) as partial, lmms_log(partial / "lmms_eval.log"):
+    with (
+        _written_tasks(fewshot, data or {}, limit) as written,
+        atomic_directory(out) as partial,
+        lmms_log(partial / "lmms_eval.log"),
+    ):
+        files = {**selection.files, **{task.name: task.path for task in written}}
         with stdout_to_stderr():
-            loaded = load_tasks(selection)
+            loaded = load_tasks(TaskSelection(files, selection.stock))
         session = open_session(chosen, model_dir, placement)
+        if fewshot is not None:
+            session.completer = Completer(session.runtime, fewshot.cache_images)
         session.on_images = thumbnail_writer(partial / "thumbnails", thumbnails)
         session.show_progress = show_progress
         results, tracker = run_lmms_eval(
@@ -113,7 +135,7 @@ def evaluate(
             )
             for name, task in loaded.items()
         }
-        summary = {
+        summary: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
             "model": describe_model(model_dir, chosen.name, session.fingerprint),
@@ -132,6 +154,9 @@ def evaluate(
             "command": command,
             "seconds": round(time.monotonic() - started, 1),
         }
+        if fewshot is not None:
+            summary["fewshot"] = _describe_fewshot(written, summary["columns"], session, fewshot)
+            _keep_plans(written, partial / "fewshot")
         for column in columns.values():
             write_rows(partial / column.entry["samples"], column.rows)
         write_json(partial / "summary.json", summary)
@@ -141,6 +166,43 @@ def evaluate(
     LOGGER.info("Results written to %s.", out)
     _require_few_failures(columns, max_failures, out)
     return summary
+
+
+@contextmanager
+def _written_tasks(
+    fewshot: FewShotSettings | None, data: Mapping[str, str], limit: int | None
+) -> Iterator[list[FewShotTask]]:
+    """Write the few-shot tasks for the time of the run; the data stay out of the results."""
+    if fewshot is None:
+        yield []
+        return
+    with TemporaryDirectory(prefix="kuea-mllm-fewshot-") as folder:
+        yield write_fewshot_tasks(Path(folder), fewshot, data, limit=limit)
+
+
+def _describe_fewshot(
+    tasks: Sequence[FewShotTask],
+    columns: Mapping[str, Mapping[str, Any]],
+    session: Session,
+    settings: FewShotSettings,
+) -> dict[str, Any]:
+    cache = session.completer.cache if session.completer is not None else None
+    return {
+        "compat": settings.compat,
+        "demonstrations": "random" if settings.retrieval is None else "retrieved",
+        "trials": summarise_trials(tasks, columns),
+        "images_encoded": cache.encoded if cache is not None else 0,
+        "images_reused": cache.reused if cache is not None else 0,
+    }
+
+
+def _keep_plans(tasks: Sequence[FewShotTask], folder: Path) -> None:
+    """Keep which demonstrations each document was shown."""
+    folder.mkdir()
+    for task in tasks:
+        plan = read_plan(task.path.with_suffix(".json"))
+        shown = {"shots": plan.shots, "seed": task.seed, "demonstrations": plan.demonstrations}
+        write_json(folder / f"{task.name}.json", shown)
 
 
 def describe_model(model_dir: Path, adapter: str, fingerprint: str) -> dict[str, Any]:

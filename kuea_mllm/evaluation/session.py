@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 
 if TYPE_CHECKING:
     from kuea_mllm.adapters.base import MLLMRuntime
+    from kuea_mllm.evaluation.fewshot.completion import Completer
 
 FAILED_ANSWER = "\u26a0\u26a0\u26a0"
 """Stands where an answer is missing; lmms-eval scores it, we count it.
@@ -56,6 +57,7 @@ class Session:
         failures: Filled while it answers, in the order of occurrence.
         on_images: Sees the images of every question (thumbnails are made there).
         show_progress: Whether a progress bar is drawn.
+        completer: Answers few-shot prompts; made when the first one comes.
     """
 
     runtime: MLLMRuntime
@@ -63,6 +65,7 @@ class Session:
     failures: list[Failure] = field(default_factory=list)
     on_images: ImageObserver | None = None
     show_progress: bool = True
+    completer: Completer | None = None
 
 
 _OFFERED: dict[str, Session] = {}

@@ -82,9 +82,10 @@ GAUGES = (
         "relative drift of the patch tokens",
         "Length of the change of the patch tokens over their own length, at the hidden state that "
         "an MLLM reads. The proposition does not bound it.",
-        "Below 0.7 (rule of thumb); the lower, the less a frozen MLLM notices the swap.",
+        "At most 0.05 left a frozen LLaVA of the mini world as it was; 0.09 cost it 1.7 points, "
+        "0.11 cost 8.8. For full-size models no such number is known.",
         "Too high: set objective.patch_preserve_weight, or tune the MLLM after the swap.",
-        lambda first, last: last["heldout_patch_drift"] <= 0.7,
+        lambda first, last: last["heldout_patch_drift"] <= 0.05,
     ),
     Gauge(
         "heldout_zero_shot",

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 
 from kuea_mllm.errors import TowerError
+from kuea_mllm.model_files import image_settings_file
 from kuea_mllm.teachers.backbone import Backbone
 from kuea_mllm.teachers.huggingface import HuggingFaceBackbone, load_huggingface
 from kuea_mllm.teachers.teacher import Readout, Teacher
 from kuea_mllm.towers.checkpoints import (
     is_open_clip_repository,
     read_config,
-    read_image_processor_config,
     resolve_source,
 )
 from kuea_mllm.towers.load import load_tower
@@ -114,5 +114,5 @@ def _open(
 
 
 def _own_preprocessing(directory: Path) -> Preprocessing | None:
-    found = read_image_processor_config(directory)
-    return None if found is None else parse_preprocessor(found[1], found[0])
+    found = image_settings_file(directory)
+    return None if found is None else parse_preprocessor(found[1], str(found[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kuea_mllm.errors import TowerError
-from kuea_mllm.io import read_json
+from kuea_mllm.model_files import (
+    INDEX_FILE,
+    PICKLE_FILE,
+    PICKLE_INDEX_FILE,
+    SINGLE_FILE,
+    shard_of_tensors,
+)
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
-_SAFE, _SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
-_TORCH, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# As transformers chooses: the single file before the index, safetensors before pickles.
+_HF_WEIGHTS = ((SINGLE_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE))
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
@@ -37,21 +43,26 @@ _CONFIGS = [
 # In the order of preference, one kind of weights is fetched and no more. transformers' and timm's
 # names first; openai/clip-vit-large-patch14-336, for instance, has the old format only.
 _WEIGHTS = (
-    ["model*.safetensors", _SAFE_INDEX],
+    ["model*.safetensors", INDEX_FILE],
     [*(name for name in OPEN_CLIP_WEIGHTS if name.endswith(".safetensors"))],
-    ["pytorch_model*.bin", _TORCH_INDEX],
+    ["pytorch_model*.bin", PICKLE_INDEX_FILE],
     [OPEN_CLIP_WEIGHTS[-1]],
 )
+# How torch.load with weights_only names what it does not run.
+_FOREIGN_OBJECT = re.compile(r"GLOBAL ([\w.]+)")
 # "name" or "owner/name", as the Hub allows; anything else can only have been meant as a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def resolve_source(source: str | Path, *, revision: str | None = None) -> Path:
+def resolve_source(
+    source: str | Path, *, revision: str | None = None, also: Sequence[str] = ()
+) -> Path:
     """Find a source on disk, fetching it from the Hub if it is no path.
 
     Args:
         source: A path, or a Hub id such as "openai/clip-vit-large-patch14".
         revision: Branch, tag or commit of a Hub id.
+        also: Files to fetch beside weights and configurations, where the Hub has them.
 
     Returns:
         An existing file or directory.
@@ -68,7 +79,7 @@ def resolve_source(source: str | Path, *, revision: str | None = None) -> Path:
             f"there is no file or directory {name}.",
             "Give a checkpoint file, a Hugging Face model directory or a Hub id.",
         )
-    return _fetch(name, revision)
+    return _fetch(name, revision, also)
 
 
 def read_checkpoint_file(path: Path) -> Mapping[str, Any]:
@@ -98,11 +109,7 @@ def read_checkpoint_file(path: Path) -> Mapping[str, Any]:
         # Only the zip format can be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise TowerError(
-            f"checkpoint {path} cannot be read as plain weights: {reason[0]}",
-            "It is damaged, or it holds Python objects; re-save its state dict alone.",
-        ) from error
+        raise _unreadable(path, error) from error
     if not isinstance(content, Mapping):
         raise TowerError(
             f"checkpoint {path} holds a {type(content).__name__}, not a state dict.",
@@ -119,15 +126,20 @@ def read_directory_weights(directory: Path, wanted: Callable[[str], bool]) -> di
         wanted: Says by name which tensors to read; the others are not touched.
 
     Raises:
-        TowerError: If there are no weights, or a shard is missing or damaged.
+        UserError: If there are no weights, or a shard is missing or damaged.
     """
-    for single, index in ((_SAFE, _SAFE_INDEX), (_TORCH, _TORCH_INDEX)):
+    for single, index in _HF_WEIGHTS:
         if (directory / single).exists():
             return _read_shard(directory / single, wanted)
         if (directory / index).exists():
-            return _read_sharded(directory / index, wanted)
+            files = shard_of_tensors(directory / index)
+            state: dict[str, Tensor] = {}
+            for file in sorted({file for name, file in files.items() if wanted(name)}):
+                state |= _read_shard(directory / file, wanted)
+            return state
     raise TowerError(
-        f"directory {directory} holds no weights: neither {_SAFE} nor {_TORCH} (nor an index).",
+        f"directory {directory} holds no weights: neither {SINGLE_FILE} nor {PICKLE_FILE} (nor an "
+        "index).",
         "Give a complete Hugging Face model directory, or the checkpoint file itself.",
     )
 
@@ -137,33 +149,11 @@ def is_open_clip_repository(directory: Path) -> bool:
 
     Repositories that hold transformers weights as well are read by those.
     """
-    hf = (_SAFE, _SAFE_INDEX, _TORCH, _TORCH_INDEX)
-    has_hf = (directory / "config.json").exists() and any((directory / n).exists() for n in hf)
+    weights = [name for names in _HF_WEIGHTS for name in names]
+    has_hf = (directory / "config.json").exists() and any(
+        (directory / name).exists() for name in weights
+    )
     return (directory / OPEN_CLIP_CONFIG).exists() and not has_hf
-
-
-def read_image_processor_config(directory: Path) -> tuple[str, dict[str, Any]] | None:
-    """Return the image processor's file name and settings, None if the directory has none."""
-    # Where transformers >= 5 puts the image processor of a CLIPProcessor; it wins there too.
-    path = directory / "processor_config.json"
-    if path.exists() and "image_processor" in (content := read_json(path)):
-        return str(path), content["image_processor"]
-    path = directory / "preprocessor_config.json"
-    if path.exists():
-        return str(path), read_json(path)
-    return None
-
-
-def _read_sharded(index: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    shards: dict[str, str] = read_json(index).get("weight_map", {})
-    state: dict[str, Tensor] = {}
-    for shard in sorted({file for name, file in shards.items() if wanted(name)}):
-        if Path(shard).name != shard:
-            raise TowerError(f"{index} names the shard {shard!r}, which is not a plain file name.")
-        if not (index.parent / shard).exists():
-            raise TowerError(f"shard {index.parent / shard} is missing; {index.name} names it.")
-        state |= _read_shard(index.parent / shard, wanted)
-    return state
 
 
 def _read_shard(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -183,6 +173,22 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Te
         ) from error
 
 
+def _unreadable(path: Path, error: Exception) -> TowerError:
+    """Say why torch.load failed; its own texts tell how to run the code in the file."""
+    foreign = _FOREIGN_OBJECT.search(str(error))
+    if foreign is not None:
+        return TowerError(
+            f"checkpoint {path} cannot be read as plain weights: it holds objects of Python "
+            f"({foreign.group(1)}), which would have to be run.",
+            "Save the state dict alone: torch.save(model.state_dict(), NEW_FILE).",
+        )
+    return TowerError(
+        f"checkpoint {path} cannot be read as plain weights: it is damaged, cut short, or no file "
+        f"of torch.save ({type(error).__name__}).",
+        "Fetch or write it again.",
+    )
+
+
 def _is_torchscript(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         return any(
@@ -190,7 +196,7 @@ def _is_torchscript(path: Path) -> bool:
         )
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(name: str, revision: str | None, also: Sequence[str]) -> Path:
     # Imported here: the Hub client costs a quarter of a second that local paths need not pay.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -200,7 +206,7 @@ def _fetch(name: str, revision: str | None) -> Path:
 
     try:
         for patterns in _WEIGHTS:
-            directory = download([*_CONFIGS, *patterns])
+            directory = download([*_CONFIGS, *also, *patterns])
             if any(path for pattern in patterns for path in directory.glob(pattern)):
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

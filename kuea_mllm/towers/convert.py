@@ -220,7 +220,8 @@ def refuse_keys(where: str, *, missing: Iterable[str], unknown: Iterable[str]) -
     if problems:
         raise TowerError(
             f"{where} {' and '.join(problems)}.",
-            "The file is damaged or of another layout; `kuea-mllm convert --inspect` names it.",
+            "It is damaged, not complete, or of a layout that is not known here; docs/formats.md "
+            "lists those that are.",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +42,25 @@ def fingerprint_state(state: Mapping[str, Tensor], *, rounded_to: torch.dtype | 
 def fingerprint_all(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Return `fingerprint_state` under each rounding, keyed "float32", "float16", "bfloat16".
 
-    A tower that was stored in half precision has equal fingerprints under that rounding and under
-    "float32".
+    Every tensor is read once. A tower that was stored in half precision has equal fingerprints
+    under that rounding and under "float32", and is hashed only once for both.
     """
-    return {name: fingerprint_state(state, rounded_to=dtype) for name, dtype in ROUNDINGS.items()}
+    # Roundings whose values were the same so far share one digest, which is split when they part.
+    digests = [(hashlib.sha256(), list(ROUNDINGS))]
+    for name, tensor in _body(state):
+        values = tensor.detach().to("cpu")
+        parted: list[tuple[Any, list[str]]] = []
+        for digest, members in digests:
+            lossy = [member for member in members if _is_lossy(values.dtype, ROUNDINGS[member])]
+            exact = [member for member in members if member not in lossy]
+            for group in (exact, *([member] for member in lossy)):
+                if group:
+                    own = digest.copy()
+                    _update(own, name, values, ROUNDINGS[group[0]] if group != exact else None)
+                    parted.append((own, group))
+        digests = parted
+    found = {member: digest.hexdigest() for digest, members in digests for member in members}
+    return {name: found[name] for name in ROUNDINGS}
 
 
 def fingerprint_tensors(
@@ -53,12 +69,19 @@ def fingerprint_tensors(
     """Hash named tensors in the order given; see `fingerprint_state` for the arguments."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        values = tensor.detach().to("cpu")
-        if rounded_to is not None:
-            values = values.to(rounded_to)
-        digest.update(values.to(torch.float32).contiguous().numpy().data)
+        _update(digest, name, tensor.detach().to("cpu"), rounded_to)
     return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, values: Tensor, rounded_to: torch.dtype | None) -> None:
+    digest.update(f"{name} {tuple(values.shape)}\n".encode())
+    if rounded_to is not None:
+        values = values.to(rounded_to)
+    digest.update(values.to(torch.float32).contiguous().numpy().data)
+
+
+def _is_lossy(stored: torch.dtype, rounded_to: torch.dtype) -> bool:
+    return rounded_to not in (stored, torch.float32)
 
 
 def _body(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,16 @@ from torch import Tensor
 
 from kuea_mllm.errors import TowerError
 from kuea_mllm.towers import convert, keys
-from kuea_mllm.towers.checkpoints import (
-    is_open_clip_repository,
-    read_checkpoint_file,
-    resolve_source,
-)
+from kuea_mllm.towers.checkpoints import read_checkpoint_file
 from kuea_mllm.towers.spec import Family
+from kuea_mllm.towers.unwrap import refuse_foreign, refuse_lora, unwrap
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS = {
-    "visual": "open_clip visual state dict (the KUEA authors' final.pt)",
-    "openai": "full OpenAI CLIP state dict (DIVA, un2CLIP)",
-    "robustvlm": "RobustVLM / TeCoA dict around an open_clip visual state dict",
+    "visual": "open_clip visual state dict (KUEA, FARE, un2CLIP)",
+    "openai": "full CLIP state dict of OpenAI or open_clip (DIVA, Long-CLIP, MetaCLIP)",
+    "robustvlm": "TeCoA dict around an open_clip visual state dict",
     "trunk": "open_clip SigLIP tower (timm trunk)",
     "open_clip_siglip": "full open_clip SigLIP state dict (timm trunk and text half)",
     "hf": "transformers weights of a CLIP or SigLIP vision tower",
@@ -31,6 +31,8 @@ LAYOUTS = {
 }
 
 _ROBUSTVLM = "vision_encoder_state_dict"
+# Long-CLIP's second table of text positions; no part of the vision half.
+LONG_CLIP_POSITIONS = "positional_embedding_res"
 _OPEN_CLIP_TRUNK = keys.VISUAL_PREFIX + keys.TRUNK_PREFIX
 _PATCHES = "embeddings.patch_embedding.weight"
 _POSITIONS = "embeddings.position_embedding.weight"
@@ -69,32 +71,6 @@ class CheckpointShape:
         """The layout in words."""
         return LAYOUTS[self.layout]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the description as plain JSON values."""
-        return {**asdict(self), "description": self.description}
-
-
-def describe_checkpoint(path: str | Path) -> CheckpointShape:
-    """Name the layout and the sizes of a checkpoint file or of a Hugging Face directory.
-
-    Raises:
-        TowerError: If it cannot be read, or its layout is unknown.
-    """
-    found = resolve_source(path)
-    if found.is_dir():
-        # A directory says more than its weights do; load_tower reads both.
-        if is_open_clip_repository(found):
-            from kuea_mllm.towers.open_clip_repository import read_open_clip_tower
-
-            state, _ = read_open_clip_tower(found)
-            return measure(state, "open_clip_directory", str(found))
-        from kuea_mllm.towers.load import read_directory
-
-        state, _ = read_directory(found)
-        return measure(state, "hf_directory", str(found))
-    state, layout = read_file(found)
-    return measure(state, layout, str(found))
-
 
 def read_file(path: Path) -> tuple[convert.State, str]:
     """Read a checkpoint file of any known layout.
@@ -110,6 +86,7 @@ def read_file(path: Path) -> tuple[convert.State, str]:
 
 def to_canonical(content: Mapping[str, Any], where: str) -> tuple[convert.State, str]:
     """Bring the content of a checkpoint file to canonical names; see `read_file`."""
+    content, _ = unwrap_checkpoint(content, where)
     layout = detect_layout(content, where)
     if layout == "robustvlm":
         content = content[_ROBUSTVLM]
@@ -119,7 +96,8 @@ def to_canonical(content: Mapping[str, Any], where: str) -> tuple[convert.State,
         if not isinstance(value, Tensor) and name not in keys.OPENAI_METADATA:
             raise TowerError(f"{where}: {name} is a {type(value).__name__}, not a tensor.")
     if layout == "openai":
-        content, _ = convert.split_openai(content, where)
+        known = {name: value for name, value in content.items() if name != LONG_CLIP_POSITIONS}
+        content, _ = convert.split_openai(known, where)
     elif layout == "open_clip_siglip":
         content = {
             name.removeprefix(keys.VISUAL_PREFIX): tensor
@@ -133,12 +111,38 @@ def to_canonical(content: Mapping[str, Any], where: str) -> tuple[convert.State,
     return convert.visual_to_canonical(content, where), layout
 
 
-def detect_layout(names: Mapping[str, Any], where: str) -> str:
+def unwrap_checkpoint(
+    content: Mapping[str, Any], where: str
+) -> tuple[Mapping[str, Any], list[str]]:
+    """Take off what training tools put around a state dict; see `unwrap.unwrap`."""
+    bare, taken_off = unwrap(content, lambda names: match_layout(names) is not None)
+    if taken_off:
+        logger.info("%s: read without %s.", where, " and ".join(taken_off))
+    return bare, taken_off
+
+
+def detect_layout(names: Iterable[str], where: str) -> str:
     """Return the key of `LAYOUTS` that a checkpoint's top-level names belong to.
 
     Raises:
-        TowerError: If they belong to none; the first names are listed.
+        TowerError: If they belong to none; other kinds of models are named, else the first names
+            are listed.
     """
+    names = [str(name) for name in names]
+    refuse_lora(names, where)
+    refuse_foreign(names, where)
+    layout = match_layout(names)
+    if layout is not None:
+        return layout
+    shown = ", ".join(names[:4]) or "nothing"
+    raise TowerError(
+        f"{where} is of no known layout; its first keys are: {shown}.{_near_miss(names)}",
+        "Known are: " + "; ".join(LAYOUTS.values()) + ".",
+    )
+
+
+def match_layout(names: Collection[str]) -> str | None:
+    """Return the key of `LAYOUTS` that top-level names belong to, None if to none."""
     tests: dict[str, Callable[[str], bool]] = {
         "robustvlm": lambda name: name == _ROBUSTVLM,
         "open_clip_siglip": lambda name: name.startswith(_OPEN_CLIP_TRUNK),
@@ -150,22 +154,46 @@ def detect_layout(names: Mapping[str, Any], where: str) -> str:
     for layout, test in tests.items():
         if any(test(str(name)) for name in names):
             return layout
-    shown = ", ".join(str(name) for name in list(names)[:4]) or "nothing"
-    raise TowerError(
-        f"{where} is of no known layout; its first keys are: {shown}.",
-        "Known are: " + "; ".join(LAYOUTS.values()) + ".",
+    return None
+
+
+def _near_miss(names: list[str]) -> str:
+    """Say where the tensors of a tower lie that is hidden below some other prefix."""
+    # The bare name last: those of transformers end with it too.
+    anchors = (
+        _PATCHES,
+        "embeddings.class_embedding",
+        f"{keys.TRUNK_PREFIX}patch_embed.proj.weight",
+        "class_embedding",
     )
+    for name in names:
+        for anchor in anchors:
+            prefix = name.removesuffix(anchor).removesuffix(keys.HF_PREFIX)
+            if prefix != name and prefix.endswith("."):
+                return (
+                    f" A tower lies below {prefix!r} ({name}), among other things: save the keys "
+                    "below that prefix alone, without it."
+                )
+    return ""
 
 
 def measure(state: Mapping[str, Tensor], layout: str, where: str) -> CheckpointShape:
     """Read the sizes of a tower off its weights (canonical names).
 
     Raises:
-        TowerError: If a weight that tells a size is missing, or the positions form no square.
+        TowerError: If a weight that tells a size is missing, the positions form no square, or a
+            weight is no floating point number.
     """
     family: Family = "clip" if "embeddings.class_embedding" in state else "siglip"
     mlp = f"{keys.HF_BLOCK}0.mlp.fc1.weight"
     convert.refuse_keys(where, missing={_PATCHES, _POSITIONS, mlp} - state.keys(), unknown=())
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise TowerError(
+                f"{where}: {name} is {str(tensor.dtype).removeprefix('torch.')}, so these are "
+                "quantised weights or none at all.",
+                "Give the tower in float32, float16 or bfloat16.",
+            )
     width, _, patch_size, _ = state[_PATCHES].shape
     patches = len(state[_POSITIONS]) - (family == "clip")
     grid = math.isqrt(max(patches, 0))

@@ -13,9 +13,12 @@ from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 
 from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.io import read_json
+from kuea_mllm.model_files import image_settings_file
 from kuea_mllm.towers import checkpoints, convert, keys
+from kuea_mllm.towers.evidence import implied_activation, implied_heads
 from kuea_mllm.towers.layouts import CheckpointShape, measure, read_file
 from kuea_mllm.towers.open_clip_repository import read_open_clip_tower
+from kuea_mllm.towers.resize import resize_method, resize_tower
 from kuea_mllm.towers.spec import (
     ACTIVATIONS,
     Preprocessing,
@@ -24,6 +27,7 @@ from kuea_mllm.towers.spec import (
     parse_preprocessor,
 )
 from kuea_mllm.towers.tower import Tower, build_model
+from kuea_mllm.towers.unwrap import refuse_adapter_directory
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,6 @@ _VISION_CONFIGS = {
     "siglip_vision_model": SiglipVisionConfig,
 }
 _LAYER_NORM_EPS = {"clip": 1e-5, "siglip": 1e-6}
-_OPENAI_HEAD_WIDTH = 64
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as stored in a preprocessor_config.json
 
 
@@ -46,8 +49,9 @@ def load_tower(
     *,
     activation: str | None = None,
     heads: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     revision: str | None = None,
+    image_size: int | None = None,
 ) -> Tower:
     """Load a CLIP or SigLIP vision tower.
 
@@ -59,8 +63,11 @@ def load_tower(
             state dicts need it; a full OpenAI dict implies quick_gelu, a timm trunk gelu.
         heads: Number of attention heads. Files do not state it either; CLIP's rule width / 64 is
             the default where it divides.
-        dtype: Dtype of the model's weights.
+        dtype: Dtype of the model's weights; None keeps every tensor in the one it is stored in,
+            for a conversion (a model of several dtypes does not run).
         revision: Branch, tag or commit of a Hub id.
+        image_size: Side of the images that the tower shall take, in pixels; the position embeddings
+            are resized for it as open_clip does. Without it nothing is ever resized.
 
     Returns:
         The tower, its model in eval mode.
@@ -74,11 +81,35 @@ def load_tower(
         raise TowerError(
             f"unknown activation {activation!r}.", f"Known are: {', '.join(ACTIVATIONS)}."
         )
+    if heads is not None and heads < 1:
+        raise TowerError(f"a tower cannot have {heads} heads.", "Give a number above zero.")
     path = checkpoints.resolve_source(source, revision=revision)
-    if path.is_dir() and checkpoints.is_open_clip_repository(path):
-        return _load_open_clip(path, str(source), activation, heads, dtype)
+    tower = _load(path, str(source), activation, heads, dtype)
+    if image_size is None or image_size == tower.spec.image_size:
+        return tower
+    logger.info(
+        "%s: resized from %d to %d pixels; position embeddings: %s.",
+        source,
+        tower.spec.image_size,
+        image_size,
+        resize_method(tower, image_size),
+    )
+    return resize_tower(tower, image_size)
+
+
+def _load(
+    path: Path,
+    source: str,
+    activation: str | None,
+    heads: int | None,
+    dtype: torch.dtype | None,
+) -> Tower:
     if path.is_dir():
-        return _load_directory(path, str(source), activation, heads, dtype)
+        refuse_adapter_directory(path)
+    if path.is_dir() and checkpoints.is_open_clip_repository(path):
+        return _load_open_clip(path, source, activation, heads, dtype)
+    if path.is_dir():
+        return _load_directory(path, source, activation, heads, dtype)
     state, layout = read_file(path)
     where = f"checkpoint {path}"
     shape = measure(state, layout, where)
@@ -90,7 +121,7 @@ def load_tower(
         preprocessing=default_preprocessing(shape.family),
     )
     model = build_model(spec, state, where=where, dtype=dtype)
-    return Tower(model, spec, str(source), layout)
+    return Tower(model, spec, source, layout)
 
 
 def read_directory(directory: Path) -> tuple[convert.State, dict[str, Any]]:
@@ -144,7 +175,7 @@ def _load_directory(
     source: str,
     activation: str | None,
     heads: int | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Tower:
     state, config = read_directory(directory)
     shape = measure(state, "hf_directory", str(directory))
@@ -171,10 +202,7 @@ def _load_directory(
         preprocessing=_read_preprocessing(directory, shape),
     )
     model = build_model(spec, state, where=str(directory), dtype=dtype)
-    manifest = directory / "kuea.json"
-    return Tower(
-        model, spec, source, "hf_directory", read_json(manifest) if manifest.exists() else None
-    )
+    return Tower(model, spec, source, "hf_directory", _manifest(directory))
 
 
 def _load_open_clip(
@@ -182,7 +210,7 @@ def _load_open_clip(
     source: str,
     activation: str | None,
     heads: int | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Tower:
     state, stated = read_open_clip_tower(directory)
     shape = measure(state, "open_clip_directory", str(directory))
@@ -204,7 +232,13 @@ def _load_open_clip(
         preprocessing=stated.preprocessing,
     )
     model = build_model(spec, state, where=str(directory), dtype=dtype)
-    return Tower(model, spec, source, "open_clip_directory")
+    return Tower(model, spec, source, "open_clip_directory", _manifest(directory))
+
+
+def _manifest(directory: Path) -> dict[str, Any] | None:
+    path = directory / "kuea.json"
+    content = read_json(path) if path.exists() else None
+    return content if isinstance(content, dict) else None
 
 
 def _with_stated_size(shape: CheckpointShape, image_size: int) -> CheckpointShape:
@@ -223,7 +257,7 @@ def _require_stated(where: Path, key: str, stated: object, given: object, flag: 
 
 
 def _read_preprocessing(directory: Path, shape: CheckpointShape) -> Preprocessing:
-    found = checkpoints.read_image_processor_config(directory)
+    found = image_settings_file(directory)
     if found is None:
         chosen = default_preprocessing(shape.family)
         logger.info(
@@ -237,7 +271,7 @@ def _read_preprocessing(directory: Path, shape: CheckpointShape) -> Preprocessin
         )
         return chosen
     where, content = found
-    parsed = parse_preprocessor(content, where)
+    parsed = parse_preprocessor(content, str(where))
     if content.get("resample", _BICUBIC) != _BICUBIC:
         logger.warning(
             "%s resizes with filter %s (2 is bilinear), kuea-mllm always with bicubic.",
@@ -280,11 +314,8 @@ def _make_spec(
 
 
 def _implied_activation(shape: CheckpointShape, where: str) -> str:
-    implied = {"openai": "quick_gelu", "trunk": "gelu", "open_clip_siglip": "gelu"}
-    # open_clip's own trainings are stored in the same layout, most of them with GELU.
-    is_open_clip = where.endswith(checkpoints.OPEN_CLIP_WEIGHTS)
-    if shape.layout in implied and not (shape.layout == "openai" and is_open_clip):
-        activation = implied[shape.layout]
+    activation = implied_activation(shape, Path(where).name)
+    if activation is not None:
         logger.info("%s: activation %s, from its layout (%s).", where, activation, shape.layout)
         return activation
     raise TowerError(
@@ -297,8 +328,8 @@ def _implied_activation(shape: CheckpointShape, where: str) -> str:
 
 
 def _implied_heads(shape: CheckpointShape, where: str) -> int:
-    if shape.family == "clip" and shape.width % _OPENAI_HEAD_WIDTH == 0:
-        heads = shape.width // _OPENAI_HEAD_WIDTH
+    heads = implied_heads(shape)
+    if heads is not None:
         logger.info("%s: %d attention heads, by OpenAI's rule width / 64.", where, heads)
         return heads
     raise TowerError(

@@ -1,7 +1,7 @@
 """Read an open_clip repository: a directory (or Hub download) with open_clip_config.json.
 
-The only module that imports open_clip, and only for towers on a timm trunk, whose sizes and
-activation stand in timm's registry instead of the configuration.
+open_clip itself is asked only about towers on a timm trunk, whose sizes and activation stand in
+timm's registry instead of the configuration.
 """
 
 from __future__ import annotations
@@ -168,12 +168,7 @@ def _read_timm_trunk(
             visual: Any = TimmModel(
                 name, embed_dim=embed_dim, pool=pool, proj=projection, pretrained=False
             )
-        block = visual.trunk.blocks[0]
-        pooling = visual.trunk.attn_pool
-        found = {
-            (int(block.attn.num_heads), _activation_name(block.mlp.act), float(block.norm1.eps)),
-            (int(pooling.num_heads), _activation_name(pooling.mlp.act), float(pooling.norm.eps)),
-        }
+        found = timm_trunk_facts(visual.trunk)
     except (RuntimeError, AttributeError, TypeError, IndexError) as error:
         raise TowerError(f"{path}: the timm trunk {name} is no SigLIP ViT: {error}.") from error
     if len(found) != 1:
@@ -182,6 +177,19 @@ def _read_timm_trunk(
             f"norm: {sorted(found)}; transformers' SigLIP has one of each."
         )
     return found.pop()
+
+
+def timm_trunk_facts(trunk: Any) -> set[tuple[int, str, float]]:
+    """Return heads, activation and epsilon of a timm SigLIP: of its blocks, and of its pooling.
+
+    Args:
+        trunk: The model; other kinds raise an AttributeError or a TypeError.
+    """
+    block, pooling = trunk.blocks[0], trunk.attn_pool
+    return {
+        (int(block.attn.num_heads), _activation_name(block.mlp.act), float(block.norm1.eps)),
+        (int(pooling.num_heads), _activation_name(pooling.mlp.act), float(pooling.norm.eps)),
+    }
 
 
 def _activation_name(module: nn.Module) -> str:

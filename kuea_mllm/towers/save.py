@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPConfig, CLIPTextConfig
 
 from kuea_mllm.errors import OutputError, TowerError
-from kuea_mllm.io import disk_errors_named, require_free_output, write_json
-from kuea_mllm.towers import convert
+from kuea_mllm.io import (
+    create_directory,
+    disk_errors_named,
+    follow_umask,
+    remove_empty_parents,
+    require_free_output,
+    write_json,
+)
+from kuea_mllm.towers import convert, keys
 from kuea_mllm.towers.card import render_card
 from kuea_mllm.towers.spec import TowerSpec
+from kuea_mllm.towers.text_half import TextHalf, require_same_embedding
 from kuea_mllm.towers.tower import Tower
 
 SCHEMA_VERSION = 1
@@ -22,7 +35,9 @@ SCHEMA_VERSION = 1
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as stored in a preprocessor_config.json
 
 
-def save_tower(tower: Tower, directory: Path, *, manifest: dict[str, Any]) -> None:
+def save_tower(
+    tower: Tower, directory: Path, *, manifest: dict[str, Any], text: TextHalf | None = None
+) -> None:
     """Write a tower as a directory that plain transformers loads.
 
     Writes `config.json`, `model.safetensors`, `preprocessor_config.json`, `kuea.json` and
@@ -30,12 +45,16 @@ def save_tower(tower: Tower, directory: Path, *, manifest: dict[str, Any]) -> No
     five files may.
 
     Args:
-        tower: The tower.
+        tower: The tower; every tensor keeps its dtype.
         directory: Where to write.
         manifest: Where the tower comes from; JSON values. `schema_version` and `fingerprint` are
             added.
+        text: The other half: with it, the directory is that of a full `CLIPModel`, and holds the
+            tokenizer's files if the text half came with them.
 
     Raises:
+        TowerError: If there is a text half, but the tower is no CLIP tower with a projection.
+        TowerMismatch: If the text half embeds in another width.
         OutputError: If one of the files exists.
         EnvironmentFailure: If the disk is full.
     """
@@ -49,15 +68,22 @@ def save_tower(tower: Tower, directory: Path, *, manifest: dict[str, Any]) -> No
         "fingerprint": tower.fingerprint,
         "spec": tower.spec.to_dict(),
     }
+    state: dict[str, Tensor] = dict(tower.model.state_dict())
+    config = _model_config(tower)
+    if text is not None:
+        config = _full_config(tower, config, text)
+        state = convert.canonical_to_hf(tower.canonical_state()) | _text_state(text)
+        config["dtype"] = _dtype_name(state)
     with disk_errors_named(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        state = {name: t.detach().cpu() for name, t in tower.model.state_dict().items()}
-        state = {name: t.contiguous() for name, t in state.items()}
-        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-        write_json(directory / "config.json", _model_config(tower))
+        state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+        _write_safetensors(state, directory / "model.safetensors")
+        write_json(directory / "config.json", config)
         write_json(directory / "preprocessor_config.json", image_processor_config(tower.spec))
         write_json(directory / "kuea.json", record)
         (directory / "README.md").write_text(render_card(record), encoding="utf-8")
+        for path in () if text is None else text.tokenizer:
+            shutil.copyfile(path, directory / path.name)
 
 
 def image_processor_config(spec: TowerSpec) -> dict[str, Any]:
@@ -100,7 +126,7 @@ def export_visual(tower: Tower) -> convert.State:
     if not tower.has_projection:
         raise TowerError(
             f"{tower.source} has no projection, which the open_clip layout needs.",
-            "Export a tower that was loaded with its projection.",
+            "Give a form of the tower that has it, such as the full CLIP; or write it --to hf.",
         )
     return convert.canonical_to_visual(state, tower.source)
 
@@ -122,31 +148,71 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
         OutputError: If `path` exists or has another suffix.
         EnvironmentFailure: If the disk is full.
     """
-    path = Path(path)
+    with atomic_file(path) as partial:
+        if partial.suffix == ".safetensors":
+            tensors = {name: _own(torch.as_tensor(value)) for name, value in state.items()}
+            _write_safetensors(tensors, partial)
+        else:
+            # Plain numbers are among OpenAI's metadata.
+            torch.save(
+                {n: _own(v) if isinstance(v, Tensor) else v for n, v in state.items()}, partial
+            )
+
+
+def require_state_dict_name(path: Path) -> None:
+    """Refuse a name that does not say in which of the two file formats to write.
+
+    Raises:
+        OutputError: If its suffix is none of `.safetensors`, `.pt`, `.pth`.
+    """
     if path.suffix not in {".safetensors", ".pt", ".pth"}:
         raise OutputError(
-            f"output {path}: a state dict is written as .safetensors, .pt or .pth, not "
-            f"{path.suffix or 'without suffix'!r}."
+            f"output {path} is to be a state dict, but its name ends in no suffix of one.",
+            "Call it NAME.safetensors, or NAME.pt (NAME.pth) for torch.save.",
         )
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a hidden sibling of a state dict's file, which becomes it when the block succeeds.
+
+    Raises:
+        OutputError: If `path` exists or is no name of a state dict.
+        EnvironmentFailure: If the disk is full.
+    """
+    path = Path(path)
+    require_state_dict_name(path)
     require_free_output(path)
-    # Cloned: torch.save would write the whole storage behind every slice.
-    state = {
-        # Plain numbers are among OpenAI's metadata.
-        name: value.detach().cpu().clone().contiguous() if isinstance(value, Tensor) else value
-        for name, value in state.items()
-    }
-    partial = path.with_name(f".{path.name}.partial")
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    parent = path.absolute().parent
+    created = create_directory(parent, wanted_for=path)
+    partial = parent / f".{path.stem}.partial-{os.getpid()}{path.suffix}"
     try:
         with disk_errors_named(path):
-            if path.suffix == ".safetensors":
-                tensors = {name: torch.as_tensor(value) for name, value in state.items()}
-                save_file(tensors, partial, metadata={"format": "pt"})
-            else:
-                torch.save(state, partial)
+            yield partial
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+        if not path.exists():
+            remove_empty_parents(parent, created)
+
+
+def _write_safetensors(state: dict[str, Tensor], path: Path) -> None:
+    save_file(state, path, metadata={"format": "pt"})
+    follow_umask(path)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU that shares no storage with a larger one."""
+    tensor = tensor.detach().cpu().contiguous()
+    # torch.save would write the whole storage behind a slice, safetensors refuses it.
+    is_whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_whole else tensor.clone()
+
+
+def widest_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype that holds the values of all tensors: what a loader has to build."""
+    found = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    return functools.reduce(torch.promote_types, found)
 
 
 def _model_config(tower: Tower) -> dict[str, Any]:
@@ -154,5 +220,44 @@ def _model_config(tower: Tower) -> dict[str, Any]:
     # A path of the machine that wrote it is nobody's business and would break reproducibility.
     config.pop("_name_or_path", None)
     config["architectures"] = [type(tower.model).__name__]
-    config["dtype"] = str(tower.model.dtype).removeprefix("torch.")
+    config["dtype"] = _dtype_name(tower.model.state_dict())
     return config
+
+
+def _full_config(tower: Tower, vision: dict[str, Any], text: TextHalf) -> dict[str, Any]:
+    if tower.spec.family != "clip" or not tower.has_projection:
+        raise TowerError(
+            f"{tower.source} is no CLIP tower with a projection, so no text tower goes with it in "
+            "a CLIPModel.",
+            "Leave out --text-from.",
+        )
+    require_same_embedding(tower, text.embedding_width, text.source)
+    settings = CLIPTextConfig(
+        hidden_size=text.width,
+        intermediate_size=text.mlp_width,
+        num_hidden_layers=text.layers,
+        num_attention_heads=text.heads,
+        max_position_embeddings=text.context_length,
+        vocab_size=text.vocabulary,
+        projection_dim=text.embedding_width,
+        hidden_act=text.activation,
+        layer_norm_eps=text.layer_norm_eps,
+        # 2 makes transformers take the token with the largest id as the end, as OpenAI does.
+        eos_token_id=2 if text.eos_id is None else text.eos_id,
+    )
+    config: dict[str, Any] = CLIPConfig(
+        text_config=settings.to_dict(),
+        vision_config={k: v for k, v in vision.items() if k not in ("architectures", "dtype")},
+        projection_dim=text.embedding_width,
+    ).to_diff_dict()
+    config.pop("_name_or_path", None)
+    return config | {"architectures": ["CLIPModel"]}
+
+
+def _text_state(text: TextHalf) -> dict[str, Tensor]:
+    bare = {n: t for n, t in text.state.items() if n not in keys.OPENAI_METADATA}
+    return convert.openai_text_to_hf(bare, text.source) | {"logit_scale": bare["logit_scale"]}
+
+
+def _dtype_name(state: Mapping[str, Tensor]) -> str:
+    return str(widest_dtype(state)).removeprefix("torch.")

@@ -64,15 +64,15 @@ def build_model(
     state: Mapping[str, Tensor],
     *,
     where: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> PreTrainedModel:
     """Build the transformers model of a spec and fill it with weights, strictly.
 
     Args:
         spec: Architecture; must agree with the weights.
-        state: Weights under canonical names. They are copied.
+        state: Weights under canonical names; copied, unless `dtype` is None.
         where: What to call the source in errors.
-        dtype: Dtype of the model's weights.
+        dtype: Dtype of the model's weights; None gives every tensor the dtype it has in `state`.
 
     Returns:
         The model in eval mode, with sdpa attention.
@@ -81,23 +81,29 @@ def build_model(
         TowerError: If a key is missing or unknown.
         TowerMismatch: If a tensor has another shape than the spec implies.
     """
-    config, model_class = _architecture(spec, has_projection=keys.PROJECTION in state)
+    config, model_class = architecture(spec, has_projection=keys.PROJECTION in state)
     with no_init_weights():
         # sdpa: the eager attention of transformers does its softmax in float32 even for float64.
         make: Any = model_class._from_config
-        model: Any = make(config, attn_implementation="sdpa").to(dtype)
-    targets = {name.removeprefix(keys.HF_PREFIX): t for name, t in model.state_dict().items()}
+        model: Any = make(config, attn_implementation="sdpa").to(dtype or torch.float32)
+    names = {name.removeprefix(keys.HF_PREFIX): name for name in model.state_dict()}
     convert.refuse_keys(
-        where, missing=targets.keys() - state.keys(), unknown=state.keys() - targets.keys()
+        where, missing=names.keys() - state.keys(), unknown=state.keys() - names.keys()
     )
-    with torch.no_grad():
-        for name, target in targets.items():
-            if target.shape != state[name].shape:
-                raise TowerMismatch(
-                    f"{where}: {name} has shape {tuple(state[name].shape)}, the configuration "
-                    f"implies {tuple(target.shape)}."
-                )
-            target.copy_(state[name])
+    for name, target in names.items():
+        shape = model.get_parameter(target).shape
+        if shape != state[name].shape:
+            raise TowerMismatch(
+                f"{where}: {name} has shape {tuple(state[name].shape)}, the configuration "
+                f"implies {tuple(shape)}."
+            )
+    weights = {target: state[name] for name, target in names.items()}
+    if dtype is None:
+        # Not copied: what a file maps into memory stays there until it is read.
+        shared = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+        model.load_state_dict(shared, assign=True)
+    else:
+        model.load_state_dict(weights)
     return cast(PreTrainedModel, model.eval())
 
 
@@ -113,16 +119,21 @@ def build_meta_model(spec: TowerSpec, *, has_projection: bool = True) -> PreTrai
     Raises:
         TowerError: If the head count does not divide the width.
     """
-    config, model_class = _architecture(spec, has_projection=has_projection)
+    config, model_class = architecture(spec, has_projection=has_projection)
     make: Any = model_class._from_config
     with torch.device("meta"), no_init_weights():
         model = make(config, attn_implementation="sdpa")
     return cast(PreTrainedModel, model.eval())
 
 
-def _architecture(
+def architecture(
     spec: TowerSpec, *, has_projection: bool
 ) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """Return transformers' configuration and class for a spec.
+
+    Raises:
+        TowerError: If the head count does not divide the width.
+    """
     if spec.width % spec.heads:
         raise TowerError(
             f"a tower of width {spec.width} cannot have {spec.heads} heads.",

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from torch import nn
 
+from kuea_mllm.adapters.base import Tap
 from kuea_mllm.adapters.llava.adapter import LlavaAdapter
 from kuea_mllm.adapters.llava.prompt import build_prompt
-from kuea_mllm.errors import UserError
+from kuea_mllm.errors import TowerMismatch, UserError
 
 ORIGINAL = [
     {"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336"},
@@ -22,9 +23,31 @@ def test_slot_has_defaults_filled_in(tiny_llava: Path) -> None:
     slot = LlavaAdapter().tower_slot(tiny_llava)
     assert slot.vision_config["hidden_act"] == "quick_gelu"
     assert slot.vision_config["layer_norm_eps"] == 1e-5
-    assert (slot.tap_layer, slot.drops_cls, slot.family) == (-2, True, "clip")
+    assert (slot.tap, slot.family) == (Tap((-2,), drops_cls=True), "clip")
     assert slot.mean is not None
     assert slot.std is not None
+
+
+def test_several_layers_are_told(tmp_path: Path) -> None:
+    content = {"model_type": "llava", "vision_feature_layer": [-2, -5]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    slot = LlavaAdapter().tower_slot(tmp_path)
+    assert (slot.tap, slot.projector_width) == (Tap((-2, -5), drops_cls=True), None)
+
+
+def test_projector_width_is_read_off_its_weights(
+    tiny_llava: Path, variant: Callable[..., Path]
+) -> None:
+    assert LlavaAdapter().tower_slot(tiny_llava).projector_width == 32
+    joined = variant(vision_feature_layer=[-2, 1])
+    assert LlavaAdapter().tower_slot(joined).projector_width == 16
+    (joined / "config.json").write_text(
+        json.dumps(
+            json.loads((joined / "config.json").read_text()) | {"vision_feature_layer": [0, 1, 2]}
+        )
+    )
+    with pytest.raises(TowerMismatch, match=r"takes 32 values .* not 3 joined tokens"):
+        LlavaAdapter().tower_slot(joined)
 
 
 def test_slot_of_a_bare_configuration_is_that_of_llava_336(tmp_path: Path) -> None:
@@ -38,22 +61,21 @@ def test_slot_of_a_bare_configuration_is_that_of_llava_336(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("config", ORIGINAL)
-def test_original_layout_is_recognised_and_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_original_layout_is_recognised_and_not_run(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     adapter = LlavaAdapter()
     assert adapter.recognises(config)
-    for refused in (adapter.check_base, adapter.tower_slot):
-        with pytest.raises(UserError, match=r"original layout.*mm_vision_tower"):
-            refused(tmp_path)
+    with pytest.raises(UserError, match=r"original layout.*mm_vision_tower"):
+        adapter.open_runtime(tmp_path, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"model_type": "llava_next"}, "llava_next"),
-        ({"model_type": "llava", "vision_feature_layer": [-2, -5]}, "several layers"),
         ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "pixtral"),
         ({"model_type": "llava", "vision_feature_layer": "last"}, "not a valid LLaVA"),
+        ({"model_type": "llava", "architectures": ["LlavaQwen"]}, "the model class LlavaQwen"),
     ],
 )
 def test_other_configurations_are_refused(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -93,6 +94,74 @@ def test_two_packages_with_one_name_are_refused(monkeypatch: pytest.MonkeyPatch)
         registry.get_adapter("llava")
 
 
+class Greedy:
+    """An adapter that recognises everything."""
+
+    name = "greedy"
+
+    def recognises(self, config: Mapping[str, object]) -> bool:
+        return True
+
+    check_base = tower_slot = vision_module = open_runtime = recognises
+
+
+SPECIFIC = AdapterManifest("specific", "takes everything", "test_registry:Greedy")
+FALLBACK = AdapterManifest("fallback", "the rest", "test_registry:Greedy", is_fallback=True)
+UNLOADABLE = AdapterManifest("bad_rest", "broken rest", "no_such_module:A", is_fallback=True)
+
+
+def test_fallback_is_asked_only_for_what_nobody_recognises(
+    monkeypatch: pytest.MonkeyPatch, tiny_llava: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "test_registry", sys.modules[__name__])
+    install(monkeypatch, ("fallback", "test_registry:FALLBACK"), LLAVA)
+    assert registry.adapter_for(tiny_llava).name == "llava"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert isinstance(registry.adapter_for(tmp_path), Greedy)
+
+
+def test_two_specific_adapters_are_ambiguous(
+    monkeypatch: pytest.MonkeyPatch, tiny_llava: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "test_registry", sys.modules[__name__])
+    install(monkeypatch, ("specific", "test_registry:SPECIFIC"), LLAVA)
+    with pytest.raises(UserError, match="recognised by several adapters: llava, greedy"):
+        registry.adapter_for(tiny_llava)
+
+
+def test_fallback_is_not_loaded_where_it_is_not_needed(
+    monkeypatch: pytest.MonkeyPatch, tiny_llava: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "test_registry", sys.modules[__name__])
+    install(monkeypatch, ("bad_rest", "test_registry:UNLOADABLE"), LLAVA)
+    assert registry.adapter_for(tiny_llava).name == "llava"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match=r"These adapters failed: bad_rest"):
+        registry.adapter_for(tmp_path)
+
+
+def test_fallback_in_the_place_of_a_broken_adapter_is_said(
+    monkeypatch: pytest.MonkeyPatch, tiny_llava: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "test_registry", sys.modules[__name__])
+    install(monkeypatch, ("other", "test_registry:OTHER"), ("fallback", "test_registry:FALLBACK"))
+    with caplog.at_level("WARNING", logger="kuea_mllm"):
+        assert isinstance(registry.adapter_for(tiny_llava), Greedy)
+    assert "these failed before they could be asked: other (" in caplog.text
+
+
+def test_generic_adapter_is_the_fallback(
+    monkeypatch: pytest.MonkeyPatch, tiny_llava: Path, tmp_path: Path
+) -> None:
+    install(monkeypatch, ("hf_vlm", "kuea_mllm.adapters.hf_vlm:MANIFEST"), LLAVA)
+    assert registry.adapter_for(tiny_llava).name == "llava"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_next"}))
+    assert registry.adapter_for(tmp_path).name == "hf_vlm"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="no adapter recognises"):
+        registry.adapter_for(tmp_path)
+
+
 def test_entry_listed_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, LLAVA, LLAVA)
     assert len(registry.list_manifests()) == 1
@@ -101,6 +170,13 @@ def test_entry_listed_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unrecognised_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match=r"no adapter recognises .*'bert'"):
+        registry.adapter_for(tmp_path)
+
+
+def test_model_with_code_of_its_own_is_refused_as_such(tmp_path: Path) -> None:
+    content = {"model_type": "llava_qwen", "auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"brings its own code \(auto_map\), which is never run"):
         registry.adapter_for(tmp_path)
 
 

@@ -24,9 +24,9 @@ from kuea_mllm.towers import convert
 from kuea_mllm.towers.checkpoints import read_checkpoint_file
 from kuea_mllm.towers.encode import TowerEncoder
 from kuea_mllm.towers.fingerprint import fingerprint_state
-from kuea_mllm.towers.interpolate import resize_position_embedding, resize_tower
 from kuea_mllm.towers.load import Tower, load_tower
 from kuea_mllm.towers.openai_export import save_openai
+from kuea_mllm.towers.resize import resize_position_embedding, resize_tower
 from kuea_mllm.towers.save import export_visual, save_tower, save_visual
 
 # Of a reference's largest number where that exceeds one, as tokens of deep blocks do.

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from kuea_mllm.adapters.llava.images import PaddedImages, as_plain_rgb
+from kuea_mllm.adapters.images import as_plain_rgb
+from kuea_mllm.adapters.llava.images import PaddedImages
 
 GOLDEN = Path(os.environ.get("KUEA_GOLDEN_DIR", Path(__file__).parent)) / "llava"
 TENSORS = load_file(GOLDEN / "images" / "images.safetensors")

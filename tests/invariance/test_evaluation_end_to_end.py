@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kuea_mllm.adapters.base import TowerSlot
 from kuea_mllm.errors import KueaError
 from kuea_mllm.evaluation.compare import compare_results
 from kuea_mllm.evaluation.results import load_results
@@ -128,6 +129,9 @@ class FakeAdapter:
 
     def check_base(self, base: Path) -> None:
         pass
+
+    def tower_slot(self, base: Path) -> TowerSlot:
+        return TowerSlot({}, "tower", None, "clip")
 
     def open_runtime(self, model_dir: Path, *, dtype: str, device: str) -> FakeAdapter:
         return self

@@ -9,6 +9,7 @@ import pytest
 from kuea_mllm.errors import EnvironmentFailure, OutputError, UserError
 from kuea_mllm.io import (
     atomic_directory,
+    follow_umask,
     read_json,
     require_free_output,
     write_json,
@@ -34,6 +35,21 @@ def test_any_way_out_removes_everything_that_was_created(tmp_path, error):
         (partial / "file").write_text("content")
         raise error
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("umask", "modes"), [(0o022, (0o755, 0o644)), (0o077, (0o700, 0o600))])
+def test_permissions_are_those_that_the_umask_leaves(tmp_path, umask, modes):
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "out") as partial:
+            (partial / "file").touch(mode=0o640)
+            follow_umask(partial / "file")
+    finally:
+        os.umask(before)
+    found = [path.stat().st_mode & 0o777 for path in (tmp_path / "out", tmp_path / "out" / "file")]
+    assert tuple(found) == modes
+    assert names(tmp_path / "out") == ["file"]
+    assert names(tmp_path) == ["out"]
 
 
 def test_parents_that_were_there_stay(tmp_path):

@@ -14,7 +14,6 @@ from tower_samples import CLIP, canonical
 from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.towers import checkpoints, convert
 from kuea_mllm.towers.encode import TowerEncoder, normalise
-from kuea_mllm.towers.layouts import describe_checkpoint
 from kuea_mllm.towers.load import load_tower
 
 
@@ -51,7 +50,7 @@ def test_pixels_come_from_the_configuration(tmp_path: Path) -> None:
     spec = load_tower(tmp_path).spec
     assert (spec.mean, spec.std, spec.resize) == ((0.4,) * 3, (0.3,) * 3, "squash")
     assert (spec.heads, spec.mlp_width, spec.embedding_width) == (4, 128, 24)
-    assert describe_checkpoint(tmp_path).layout == "open_clip_directory"
+    assert load_tower(tmp_path).layout == "open_clip_directory"
     for wrong in ({"interpolation": "bilinear"}, {"resize_mode": "longest"}):
         edit(tmp_path, "preprocess_cfg", **{"interpolation": "bicubic", "resize_mode": "squash"})
         edit(tmp_path, "preprocess_cfg", **wrong)

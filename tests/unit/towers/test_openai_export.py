@@ -10,9 +10,8 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from open_clip_samples import edit, write_repository
+from open_clip_samples import edit, hf_model, openai_model, same, write_repository
 from tower_samples import CLIP, SIGLIP, make_tower, write_torch
-from transformers import CLIPConfig, CLIPModel
 from typer.testing import CliRunner
 
 from kuea_mllm.cli.main import app
@@ -22,30 +21,6 @@ from kuea_mllm.towers.checkpoints import read_checkpoint_file
 from kuea_mllm.towers.load import load_tower
 from kuea_mllm.towers.openai_export import export_openai, read_text_half, save_openai
 from kuea_mllm.towers.save import export_visual
-
-TEXT_WIDTH = 64
-
-
-def openai_model(**text: Any) -> Any:
-    """Return a tiny CLIP of OpenAI's proportions, as open_clip builds it."""
-    torch.manual_seed(1)
-    settings: dict[str, Any] = {"context_length": 8, "vocab_size": 16, "width": TEXT_WIDTH}
-    model = open_clip.CLIP(
-        24,
-        vision_cfg={"image_size": 16, "layers": 2, "width": 64, "patch_size": 8},
-        text_cfg={**settings, "heads": 1, "layers": 1, **text},
-        quick_gelu=True,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def same(one: Any, other: Any) -> bool:
-    return one.keys() == other.keys() and all(
-        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one
-    )
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
@@ -101,31 +76,6 @@ def test_open_clips_own_builder_reads_the_file(tmp_path: Path) -> None:
         torch.testing.assert_close(built.encode_text(tokens), model.encode_text(tokens))
 
 
-def hf_model(**text: Any) -> CLIPModel:
-    settings = {
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 4 * TEXT_WIDTH,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "vocab_size": 16,
-        "max_position_embeddings": 8,
-        "bos_token_id": 0,
-        # 2 makes transformers take the token with the largest id as the end, as OpenAI does.
-        "eos_token_id": 2,
-    }
-    vision = {
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "image_size": 16,
-        "patch_size": 8,
-    }
-    torch.manual_seed(2)
-    config = CLIPConfig(text_config={**settings, **text}, vision_config=vision, projection_dim=24)
-    return CLIPModel(config).eval()
-
-
 def test_text_half_of_a_hugging_face_directory_is_converted_exactly(tmp_path: Path) -> None:
     model = hf_model()
     with torch.no_grad():
@@ -160,16 +110,23 @@ def test_text_half_of_a_hugging_face_directory_is_converted_exactly(tmp_path: Pa
 
 def test_text_half_of_an_open_clip_repository_is_read(tmp_path: Path) -> None:
     model = write_repository(tmp_path, "quick_gelu")
+    tower = make_tower(CLIP)
+    text = read_text_half(tmp_path)
+    assert (text.heads, text.width, text.layers, text.activation) == (2, 16, 1, "quick_gelu")
+    # OpenAI's rule is one head for every 64, and no less than one.
     with pytest.raises(TowerError, match="2 heads for width 16"):
-        read_text_half(tmp_path)
-    # OpenAI's rule is one head for every 64; the weights of this one are cut accordingly.
-    edit(tmp_path, "model_cfg", text_cfg={"width": TEXT_WIDTH, "heads": 1})
+        export_openai(tower, text)
+    edit(tmp_path, "model_cfg", text_cfg={"width": 16, "heads": 1})
     text = read_text_half(tmp_path)
     assert same(
         text.state, {n: t for n, t in model.state_dict().items() if not n.startswith("visual.")}
     )
+    assert export_openai(tower, text)
     edit(tmp_path, "model_cfg", quick_gelu=False)
-    with pytest.raises(TowerError, match="activation gelu"):
+    with pytest.raises(TowerError, match="text tower has activation gelu"):
+        export_openai(tower, read_text_half(tmp_path))
+    edit(tmp_path, "model_cfg", text_cfg={"width": 16, "heads": 1, "no_causal_mask": True})
+    with pytest.raises(TowerError, match=r"text_cfg\.no_causal_mask is True"):
         read_text_half(tmp_path)
 
 
@@ -204,7 +161,10 @@ def test_bases_without_text_half_are_refused(tmp_path: Path) -> None:
         read_text_half(tmp_path / "tower")
     hf_model(hidden_act="gelu").save_pretrained(tmp_path / "gelu")
     with pytest.raises(TowerError, match="activation gelu"):
-        read_text_half(tmp_path / "gelu")
+        export_openai(make_tower(CLIP), read_text_half(tmp_path / "gelu"))
+    hf_model(eos_token_id=7).save_pretrained(tmp_path / "eos")
+    with pytest.raises(TowerError, match="read at their token 7"):
+        export_openai(make_tower(CLIP), read_text_half(tmp_path / "eos"))
 
 
 def test_command_line_writes_the_format(tmp_path: Path) -> None:
@@ -217,9 +177,10 @@ def test_command_line_writes_the_format(tmp_path: Path) -> None:
     assert not out.exists()
     given = CliRunner().invoke(app, [*call, "--text-from", str(base), "--json"])
     assert given.exit_code == 0, given.output
-    assert json.loads(given.output)["to"] == "openai"
+    assert json.loads(given.stdout)["to"] == "openai"
     assert same(read_checkpoint_file(out), full)
     stray = CliRunner().invoke(
-        app, ["convert", str(base), str(tmp_path / "x"), "--text-from", str(base)]
+        app,
+        ["convert", str(base), str(tmp_path / "x.pt"), "--to=visual", "--text-from", str(base)],
     )
     assert stray.exit_code == 2

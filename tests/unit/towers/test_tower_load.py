@@ -17,7 +17,7 @@ from transformers import BertConfig, CLIPConfig, CLIPModel, SiglipConfig, Siglip
 from kuea_mllm.errors import TowerError, TowerMismatch, UserError
 from kuea_mllm.towers import convert
 from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.layouts import describe_checkpoint
+from kuea_mllm.towers.layouts import measure, read_file
 from kuea_mllm.towers.load import load_tower
 from kuea_mllm.towers.save import save_tower
 from kuea_mllm.towers.tower import Tower
@@ -151,8 +151,10 @@ def test_pickles_are_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_torch(tmp_path / "zip.pt", {"class_embedding": Malice()})
     (tmp_path / "raw.bin").write_bytes(pickle.dumps({"class_embedding": Malice()}))
     for name in ("zip.pt", "raw.bin"):
-        with pytest.raises(TowerError, match="cannot be read as plain weights"):
+        with pytest.raises(TowerError, match="cannot be read as plain weights") as caught:
             load_tower(tmp_path / name, activation="gelu")
+        # torch's own words say how to run the code all the same.
+        assert "weights_only" not in caught.value.problem
     assert not (tmp_path / "malice-was-here").exists()
 
 
@@ -305,7 +307,7 @@ def test_sharded_directory_is_read_and_a_missing_shard_named(directory: Path) ->
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     assert same_weights(load_tower(directory), make_tower(CLIP))
     (directory / "b.safetensors").unlink()
-    with pytest.raises(TowerError, match=r"shard .*b\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"shard .*b\.safetensors is missing"):
         load_tower(directory)
 
 
@@ -364,7 +366,7 @@ def test_tower_without_projection_loads_but_has_no_embedding(tmp_path: Path) -> 
 def test_dtype_is_the_one_asked_for(tmp_path: Path) -> None:
     half = {k: t.half() for k, t in visual().items()}
     path = write_torch(tmp_path / "half.pt", half)
-    assert describe_checkpoint(path).dtype == "float16"
+    assert measure(*read_file(path), "it").dtype == "float16"
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         tower = load_tower(path, activation="gelu", dtype=dtype)
         assert tower.model.dtype == dtype
@@ -382,10 +384,26 @@ def test_loaded_weights_are_a_copy(tmp_path: Path) -> None:
     assert load_tower(path, activation="gelu").fingerprint == before
 
 
-def test_checkpoint_is_described(tmp_path: Path, directory: Path) -> None:
-    shape = describe_checkpoint(write_torch(tmp_path / "final.pt", visual()))
+def test_sizes_are_read_off_the_weights(tmp_path: Path) -> None:
+    path = write_torch(tmp_path / "final.pt", visual())
+    shape = measure(*read_file(path), "it")
     assert (shape.layout, shape.family, shape.width, shape.layers) == ("visual", "clip", 64, 2)
     assert shape.embedding_width == 24
     assert "KUEA" in shape.description
-    assert json.loads(json.dumps(shape.to_dict()))["image_size"] == 16
-    assert describe_checkpoint(directory).layout == "hf_directory"
+    assert shape.image_size == 16
+    tensors = visual()
+    tensors["conv1.weight"] = tensors["conv1.weight"].to(torch.int8)
+    with pytest.raises(TowerError, match=r"patch_embedding\.weight is int8") as caught:
+        load_tower(write_torch(path, tensors), activation="gelu")
+    assert "float16" in caught.value.remedy
+
+
+def test_an_adapter_directory_and_no_heads_are_refused(tmp_path: Path) -> None:
+    named = json.dumps({"base_model_name_or_path": "openai/clip"})
+    (tmp_path / "adapter_config.json").write_text(named)
+    with pytest.raises(TowerError, match=r"PEFT adapter .* for openai/clip") as caught:
+        load_tower(tmp_path)
+    assert "merge_and_unload" in caught.value.remedy
+    for heads in (0, -1):
+        with pytest.raises(TowerError, match=f"cannot have {heads} heads"):
+            load_tower(tmp_path, heads=heads)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kuea_mllm.towers import convert
 from kuea_mllm.towers.spec import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, TowerSpec
-from kuea_mllm.towers.tower import Tower, _architecture, build_model
+from kuea_mllm.towers.tower import Tower, architecture, build_model
 
 CLIP = TowerSpec(
     family="clip",
@@ -47,7 +47,7 @@ SIGLIP = TowerSpec(
 def canonical(spec: TowerSpec, *, seed: int = 0, with_projection: bool = True) -> convert.State:
     """Return random weights of a spec under canonical names."""
     generator = torch.Generator().manual_seed(seed)
-    config, model_class = _architecture(spec, has_projection=with_projection)
+    config, model_class = architecture(spec, has_projection=with_projection)
     model: Any = model_class(config)
     return {
         name: 0.1 * torch.randn(t.shape, generator=generator)

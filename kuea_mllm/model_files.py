@@ -1,7 +1,8 @@
 """Reads Hugging Face model directories as files: which weights they load, where each tensor lies.
 
-No torch and no tensor data: a safetensors file begins with a JSON header that gives each tensor's
-dtype, shape and place (https://huggingface.co/docs/safetensors, "Format").
+No torch and no tensor data, which `towers.checkpoints` reads. A safetensors file begins with a JSON
+header that gives each tensor's dtype, shape and place
+(https://huggingface.co/docs/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from kuea_mllm.io import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -59,7 +62,7 @@ def weight_files(model_dir: Path) -> list[str]:
         # As in transformers: the single file wins over an index next to it.
         return [SINGLE_FILE]
     if (model_dir / INDEX_FILE).is_file():
-        return _shards_of_index(model_dir)
+        return sorted(set(shard_of_tensors(model_dir / INDEX_FILE).values()))
     pickles = sorted(path.name for path in model_dir.glob("*.bin"))
     if pickles:
         raise UserError(
@@ -105,8 +108,40 @@ def check_complete(model_dir: Path) -> None:
             )
 
 
+def shard_of_tensors(index: Path) -> dict[str, str]:
+    """Read the index of a sharded model: which file each tensor is in, all files being there.
+
+    Raises:
+        UserError: If the index is damaged, or a shard is missing or no plain file name.
+    """
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"file {index} has no weight_map.")
+    for shard in sorted(set(weight_map.values())):
+        # A name with a folder in it could point outside of the model directory.
+        if Path(shard).name != shard:
+            raise UserError(f"file {index} names the shard {shard!r}, which is no plain file name.")
+        if not (index.parent / shard).is_file():
+            raise UserError(
+                f"shard {index.parent / shard} is missing, though {index.name} lists it.",
+                "The directory is incomplete; run the download again.",
+            )
+    return weight_map
+
+
 def image_settings(model_dir: Path) -> Mapping[str, Any]:
     """Return the image processor's settings of a model directory; empty if there are none.
+
+    Raises:
+        UserError: If a file is not a JSON object.
+    """
+    found = image_settings_file(model_dir)
+    return {} if found is None else found[1]
+
+
+def image_settings_file(model_dir: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    """Return the image processor's file and its settings, None if the directory has none.
 
     transformers 5 stores them inside `processor_config.json`, older releases in a file of their
     own; where both exist, the newer place wins as it does in transformers.
@@ -115,15 +150,16 @@ def image_settings(model_dir: Path) -> Mapping[str, Any]:
         UserError: If a file is not a JSON object.
     """
     for name in _PROCESSOR_FILES:
-        if not (model_dir / name).is_file():
+        path = model_dir / name
+        if not path.is_file():
             continue
-        content = read_json(model_dir / name)
+        content = read_json(path)
         if not isinstance(content, dict):
-            raise UserError(f"file {model_dir / name} does not hold a JSON object.")
+            raise UserError(f"file {path} does not hold a JSON object.")
         settings = content.get("image_processor") if name == _PROCESSOR_FILES[0] else content
         if isinstance(settings, dict):
-            return settings
-    return {}
+            return path, settings
+    return None
 
 
 def channel_values(
@@ -141,24 +177,6 @@ def channel_values(
     if not numbers or len(value) != 3:
         raise UserError(f"{model_dir}: {key} of the image processor is {value!r}, not 3 numbers.")
     return tuple(float(number) for number in value)
-
-
-def _shards_of_index(model_dir: Path) -> list[str]:
-    index = read_json(model_dir / INDEX_FILE)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"file {model_dir / INDEX_FILE} has no weight_map.")
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        # A name with a folder in it could point outside of the model directory.
-        if Path(shard).name != shard:
-            raise UserError(f"file {model_dir / INDEX_FILE} names the shard {shard!r}.")
-        if not (model_dir / shard).is_file():
-            raise UserError(
-                f"shard {model_dir / shard} is missing, though {INDEX_FILE} lists it.",
-                "The directory is incomplete; run the download again.",
-            )
-    return shards
 
 
 def _entries_of_file(model_dir: Path, file: str) -> dict[str, TensorEntry]:

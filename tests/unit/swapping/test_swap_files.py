@@ -3,139 +3,22 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
+from toy_mllm import ADAPTER, SPEC, ToyAdapter, body, hashes, make_tower, write_base
 
-from kuea_mllm.adapters.base import MLLMRuntime, TowerSlot
-from kuea_mllm.errors import EnvironmentFailure, KueaError, OutputError, TowerMismatch, UserError
-from kuea_mllm.swapping import files, swap_tower, swap_tower_files, tower_fingerprint_of
-from kuea_mllm.towers.spec import CLIP_MEAN, CLIP_STD, TowerSpec
-from kuea_mllm.towers.tower import Tower, build_model
-
-SPEC = TowerSpec(
-    family="clip",
-    image_size=8,
-    patch_size=4,
-    width=16,
-    layers=2,
-    heads=2,
-    mlp_width=32,
-    embedding_width=8,
-    activation="quick_gelu",
-    layer_norm_eps=1e-5,
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
-    resize="shortest_edge",
-)
-
-
-class ToyAdapter:
-    name = "toy"
-
-    def __init__(self, mean: tuple[float, ...] | None = CLIP_MEAN) -> None:
-        self._mean = mean
-
-    def recognises(self, config: Mapping[str, object]) -> bool:
-        return config.get("model_type") == "toy"
-
-    def check_base(self, base: Path) -> None:
-        pass
-
-    def tower_slot(self, base: Path) -> TowerSlot:
-        config = json.loads((base / "config.json").read_text())["vision_config"]
-        return TowerSlot(config, ("eye.deep.", "eye."), -2, True, "clip", self._mean, CLIP_STD)
-
-    def vision_module(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def open_runtime(self, model_dir: Path, *, dtype: str, device: str) -> MLLMRuntime:
-        raise NotImplementedError
-
-
-ADAPTER = ToyAdapter()
-
-
-def make_tower(seed: int, spec: TowerSpec = SPEC) -> Tower:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(seed)
-    config = CLIPVisionConfig(
-        hidden_size=spec.width,
-        intermediate_size=spec.mlp_width,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        image_size=spec.image_size,
-        patch_size=spec.patch_size,
-        hidden_act=spec.activation,
-        projection_dim=spec.embedding_width,
-    )
-    model = CLIPVisionModelWithProjection(config)
-    state = {k.removeprefix("vision_model."): v for k, v in model.state_dict().items()}
-    return Tower(build_model(spec, state, where="toy"), spec, f"tower-{seed}", "hf_directory")
-
-
-def body(tower: Tower) -> dict[str, Tensor]:
-    return {k: v for k, v in tower.canonical_state().items() if k != "visual_projection.weight"}
-
-
-def write_base(
-    out: Path,
-    *,
-    prefix: str = "eye.",
-    shards: bool = False,
-    dtype: torch.dtype = torch.float32,
-    change: Callable[[dict[str, Tensor]], Any] | None = None,
-) -> Path:
-    out.mkdir()
-    vision = {
-        "hidden_size": SPEC.width,
-        "num_hidden_layers": SPEC.layers,
-        "num_attention_heads": SPEC.heads,
-        "intermediate_size": SPEC.mlp_width,
-        "patch_size": SPEC.patch_size,
-        "image_size": SPEC.image_size,
-        "hidden_act": SPEC.activation,
-        "layer_norm_eps": SPEC.layer_norm_eps,
-    }
-    (out / "config.json").write_text(json.dumps({"model_type": "toy", "vision_config": vision}))
-    (out / "tokenizer.json").write_text("{}")
-    (out / "notes").mkdir()
-    (out / "notes" / "card.md").write_text("about")
-    (out / ".cache").mkdir()
-    (out / ".cache" / "state").write_text("hidden")
-    eye = {prefix + name: tensor.to(dtype) for name, tensor in body(make_tower(0)).items()}
-    # An old counter buffer, which is no part of the tower.
-    eye[prefix + "embeddings.position_ids"] = torch.arange(5)[None]
-    if change is not None:
-        change(eye)
-    mouth = {f"mouth.{index}": torch.full((4, 3), float(index), dtype=dtype) for index in range(3)}
-    if not shards:
-        save_file(eye | mouth, out / "model.safetensors", metadata={"format": "pt"})
-        return out
-    save_file(eye, out / "model-1.safetensors", metadata={"format": "pt"})
-    save_file(mouth, out / "model-2.safetensors", metadata={"format": "pt"})
-    index = dict.fromkeys(eye, "model-1.safetensors") | dict.fromkeys(mouth, "model-2.safetensors")
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return out
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
+from kuea_mllm.errors import EnvironmentFailure, OutputError, TowerMismatch, UserError
+from kuea_mllm.swapping import swap_tower_files, tower_fingerprint_of, write
 
 
 @pytest.mark.parametrize("prefix", ["eye.", "eye.deep."])
@@ -213,10 +96,11 @@ def test_manifest_tells_the_whole_story(tmp_path: Path) -> None:
     assert record["tower"]["fingerprints"]["float32"] == first.fingerprint
     assert record["replaced"]["fingerprint_before"] == make_tower(0).fingerprint
     assert record["replaced"]["files"] == ["model.safetensors"]
-    assert record["tap"] == {"layer": -2, "drops_cls": True}
+    assert record["slot"]["tap"] == {"layers": [-2], "drops_cls": True, "after_norm": False}
     assert record["command"] == "kuea-mllm swap"
     assert {"torch", "transformers"} <= record["versions"].keys()
-    assert {"check": "width", "value": SPEC.width} in record["compatibility"]
+    width = next(c for c in record["compatibility"]["checks"] if c["name"] == "width")
+    assert (width["base"], width["tower"], width["verdict"]) == ("16", "16", "ok")
     assert record["history"] == []
 
     swap_tower_files(one, make_tower(2), two, adapter=ADAPTER)
@@ -254,13 +138,11 @@ def test_weights_that_no_loader_reads_are_left_out(
 
 
 BREAKS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
-    r"lacks 1 tower tensors, first post_layernorm\.bias": lambda eye: eye.pop(
-        "eye.post_layernorm.bias"
-    ),
-    r"has 1 tower tensors, first extra\.weight": lambda eye: eye.update(
+    r"below eye\.: post_layernorm\.bias is missing": lambda eye: eye.pop("eye.post_layernorm.bias"),
+    r"below eye\.: extra\.weight is no part of such a tower": lambda eye: eye.update(
         {"eye.extra.weight": torch.ones(1)}
     ),
-    r"pre_layrnorm\.bias has shape \(16,\), the base has \(3,\)": lambda eye: eye.update(
+    r"below eye\.: pre_layrnorm\.bias has shape \(3,\), expected \(16,\)": lambda eye: eye.update(
         {"eye.pre_layrnorm.bias": torch.ones(3)}
     ),
     r"pre_layrnorm\.bias of .* is stored as I8, which is quantised": lambda eye: eye.update(
@@ -282,7 +164,7 @@ def test_values_that_half_precision_cannot_hold_are_refused(tmp_path: Path) -> N
     base, tower = write_base(tmp_path / "base", dtype=torch.float16), make_tower(1)
     with torch.no_grad():
         tower.model.state_dict()["vision_model.post_layernorm.bias"][0] = 1e6
-    with pytest.raises(TowerMismatch, match=r"post_layernorm\.bias .*float16"):
+    with pytest.raises(TowerMismatch, match=r"float16.*|post_layernorm\.bias overflows"):
         swap_tower_files(base, tower, tmp_path / "out", adapter=ADAPTER)
 
 
@@ -345,9 +227,9 @@ def test_failure_in_the_middle_leaves_nothing_behind(
     if at == "copy":
         monkeypatch.setattr(shutil, "copyfile", fail)
     elif at == "rewrite":
-        monkeypatch.setattr(files, "_rewrite_shard", fail)
+        monkeypatch.setattr(write, "rewrite_shard", fail)
     else:
-        monkeypatch.setattr("kuea_mllm.swapping.write_json", fail)
+        monkeypatch.setattr("kuea_mllm.swapping.swap.write_json", fail)
     with pytest.raises(expected):
         swap_tower_files(base, make_tower(1), tmp_path / "new" / "out", adapter=ADAPTER)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -359,25 +241,8 @@ def test_bytes_that_do_not_read_back_are_an_error(
 ) -> None:
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(
-        files, "_rewrite_shard", lambda source, target, _: shutil.copyfile(source, target)
+        write, "rewrite_shard", lambda source, target, *_: shutil.copyfile(source, target)
     )
     with pytest.raises(EnvironmentFailure, match="does not read back"):
         swap_tower_files(base, make_tower(1), tmp_path / "out", adapter=ADAPTER)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
-
-
-def test_swap_in_memory_keeps_dtype_and_parameters() -> None:
-    whole: Any = make_tower(0).model
-    model = whole.vision_model.to(torch.bfloat16)
-    parameters = dict(model.named_parameters())
-    receipt = swap_tower(model, make_tower(1), ADAPTER)
-    assert receipt.dtype == "bfloat16"
-    assert receipt.fingerprint_before != receipt.fingerprint_after
-    assert all(parameters[name] is p for name, p in model.named_parameters())
-    with pytest.raises(TowerMismatch, match="holds already"):
-        swap_tower(model, make_tower(1), ADAPTER)
-
-
-def test_module_without_configuration_is_refused() -> None:
-    with pytest.raises(KueaError, match="no transformers configuration"):
-        swap_tower(nn.Linear(2, 2), make_tower(1), ADAPTER)

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from kuea_mllm.errors import TowerError
 from kuea_mllm.towers.tower import Tower, build_model
 
+METHOD = "bicubic with antialias, as open_clip resizes"
+_KEPT = "kept as they are, for as many patches as before"
+
 _POSITIONS = "embeddings.position_embedding.weight"
 
 
@@ -52,25 +55,37 @@ def resize_position_embedding(weight: Tensor, grid_to: int, *, prefix_tokens: in
     return torch.cat([weight[:prefix_tokens], rows.to(weight.dtype)])
 
 
+def resize_method(tower: Tower, image_size: int) -> str:
+    """Say in words what `resize_tower` does to the position embeddings."""
+    return _KEPT if image_size // tower.spec.patch_size == tower.spec.grid else METHOD
+
+
+def _near_multiple(size: int, patch_size: int) -> int:
+    return max(1, round(size / patch_size)) * patch_size
+
+
 def resize_tower(tower: Tower, image_size: int) -> Tower:
     """Return a copy of a tower for another image size; the tower itself stays as it is.
 
     Args:
         tower: The tower.
-        image_size: New side of the image in pixels, a multiple of the patch size.
+        image_size: New side of the image in pixels: a multiple of the patch size, or one that
+            gives as many patches as now. The latter is for towers such as SigLIP's 384 pixels
+            with patches of 14, whose size no checkpoint file states.
 
     Raises:
-        TowerError: If `image_size` is no multiple of the patch size.
+        TowerError: If `image_size` is neither.
     """
-    if image_size < 1 or image_size % tower.spec.patch_size:
+    keeps_grid = image_size // tower.spec.patch_size == tower.spec.grid
+    if image_size < 1 or (image_size % tower.spec.patch_size and not keeps_grid):
         raise TowerError(
-            f"image size {image_size} is no multiple of the patch size {tower.spec.patch_size}."
+            f"image size {image_size} is no multiple of the patch size {tower.spec.patch_size}.",
+            f"Give one, such as {_near_multiple(image_size, tower.spec.patch_size)}.",
         )
     spec = replace(tower.spec, image_size=image_size)
     state = tower.canonical_state()
     state[_POSITIONS] = resize_position_embedding(
         state[_POSITIONS], spec.grid, prefix_tokens=spec.prefix_tokens
     )
-    dtype = state[_POSITIONS].dtype
-    model = build_model(spec, state, where=tower.source, dtype=dtype)
-    return Tower(model, spec, tower.source, tower.layout)
+    model = build_model(spec, state, where=tower.source, dtype=None)
+    return Tower(model, spec, tower.source, tower.layout, tower.manifest)

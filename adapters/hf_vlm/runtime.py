@@ -1,0 +1,270 @@
+"""Answers questions with any Hugging Face VLM through its own processor and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kuea_mllm.adapters.base import ChatRequest
+from kuea_mllm.adapters.hf_vlm.structure import find_tower, model_class, read_config
+from kuea_mllm.adapters.images import as_plain_rgb
+from kuea_mllm.adapters.loading import failures_named, load_model, resolve_device, resolve_dtype
+from kuea_mllm.adapters.registry import read_model_config
+from kuea_mllm.errors import EnvironmentFailure, UserError
+
+_RESTORE = "Restore chat_template.jinja and processor_config.json from the base model."
+
+
+class HFVLMRuntime:
+    """A loaded VLM.
+
+    Args:
+        model: A generating model of transformers in evaluation mode, on its device.
+        processor: Its processor, which has a chat template.
+        where: The directory it came from, for messages.
+
+    Raises:
+        UserError: If there is no chat template, or no padding token.
+    """
+
+    def __init__(self, model: Any, processor: Any, where: str) -> None:
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self._where = where
+        # A batch is padded on the left, so that every answer begins right behind its question.
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            raise UserError(
+                f"the tokenizer in {where} names no padding token.",
+                'Set "pad_token" in its tokenizer_config.json.',
+            )
+        self._tower = find_tower(model, where)
+        self._ends = _end_tokens(model, self.tokenizer)
+        self._suppressed = self._tokens_never_to_generate()
+        # A stored temperature or length would otherwise fill in what a call leaves open.
+        self.model.generation_config = type(model.generation_config)(
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self._ends,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    @classmethod
+    def load(cls, model_dir: Path, *, dtype: str, device: str) -> HFVLMRuntime:
+        """Load a directory exactly as asked, with no other dtype or device as a fallback.
+
+        Raises:
+            UserError: If the directory, the dtype or the device is not usable, or if the model
+                cannot be asked by chat template.
+        """
+        from transformers import AutoProcessor, GenerationMixin
+
+        raw = read_model_config(model_dir)
+        where = str(Path(model_dir) / "config.json")
+        config = read_config(raw, where)
+        loader = model_class(config, raw.get("architectures"), where)
+        # Encoder-decoder models take their question in another way, which is not tried here.
+        if not issubclass(loader, GenerationMixin) or config.is_encoder_decoder:
+            raise UserError(
+                f"{model_dir} is a {loader.__name__}, which does not continue a conversation.",
+                "Its tower can be swapped and verified; answers need an adapter of its own.",
+            )
+        torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
+        with failures_named(model_dir, torch_device):
+            # The quick part first: what is wrong with it is then found in a second.
+            processors: Any = AutoProcessor
+            processor = processors.from_pretrained(
+                model_dir, local_files_only=True, trust_remote_code=False
+            )
+            _require_chat(processor, str(model_dir))
+            model = load_model(loader, model_dir, dtype=torch_dtype, device=torch_device)
+        return cls(model, processor, str(model_dir))
+
+    def generate(
+        self,
+        requests: Sequence[ChatRequest],
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+    ) -> list[str]:
+        """Answer a batch of questions; see `MLLMRuntime.generate`."""
+        rows = self.generate_ids(
+            requests,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+    def generate_ids(
+        self,
+        requests: Sequence[ChatRequest],
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+    ) -> list[list[int]]:
+        """Answer a batch of questions with token ids, end tokens and padding left out.
+
+        Raises:
+            UserError: If an option is out of range, or the model cannot take a question.
+            EnvironmentFailure: If the device runs out of memory.
+        """
+        _check_options(max_new_tokens, num_beams, temperature, top_p)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        options["do_sample"] = temperature > 0
+        if temperature > 0:
+            # top_k would otherwise default to 50, which nobody asked for.
+            options |= {"temperature": temperature, "top_k": 0}
+            options |= {} if top_p is None else {"top_p": top_p}
+        # Processors disagree about batches in which only some rows have images, so rows are asked
+        # together only with rows that have as many.
+        groups: dict[int, list[int]] = {}
+        for position, request in enumerate(requests):
+            groups.setdefault(len(request.images), []).append(position)
+        answers: dict[int, list[int]] = {}
+        for positions in groups.values():
+            found = self._answer([requests[position] for position in positions], options)
+            answers |= dict(zip(positions, found, strict=True))
+        return [answers[position] for position in range(len(requests))]
+
+    def prepare(self, requests: Sequence[ChatRequest]) -> dict[str, Tensor]:
+        """Turn requests with the same number of images into the inputs of the model.
+
+        Raises:
+            UserError: If chat template and processor cannot take them.
+        """
+        conversations = [self._conversation(request) for request in requests]
+        try:
+            inputs = self.processor.apply_chat_template(
+                conversations,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
+        # The template is a program of the model's, and processors raise many kinds of exceptions.
+        except Exception as error:
+            raise UserError(
+                f"chat template and processor of {self._where} cannot take a question with "
+                f"{len(requests[0].images)} images ({type(error).__name__}: {error}).",
+                _RESTORE,
+            ) from error
+        if requests[0].images:
+            self._require_placeholders(inputs["input_ids"])
+        prepared: dict[str, Tensor] = dict(inputs.to(self.model.device, self.model.dtype))
+        return prepared
+
+    def describe(self) -> dict[str, Any]:
+        """Say how the model runs."""
+        return {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "attention": self.model.config._attn_implementation,
+            "conversation": "chat template of the model",
+            "images": type(self.processor.image_processor).__name__,
+            "tower": self._tower.path,
+            "suppressed_tokens": len(self._suppressed),
+        }
+
+    def vision_state(self) -> Mapping[str, Tensor]:
+        """Return the tensors of the tower in use."""
+        state: Mapping[str, Tensor] = self._tower.module.state_dict()
+        return state
+
+    def _answer(
+        self, requests: Sequence[ChatRequest], options: Mapping[str, Any]
+    ) -> list[list[int]]:
+        inputs = self.prepare(requests)
+        try:
+            with torch.inference_mode():
+                output: Tensor = self.model.generate(
+                    **inputs, **options, suppress_tokens=self._suppressed or None
+                )
+        except torch.OutOfMemoryError as error:
+            raise EnvironmentFailure(
+                f"out of memory on {self.model.device} while answering {len(requests)} questions "
+                "at once.",
+                "Choose a smaller --batch-size, a smaller dtype or a larger device.",
+            ) from error
+        new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [_until(row, self._ends) for row in new_ids]
+
+    def _conversation(self, request: ChatRequest) -> list[dict[str, Any]]:
+        question = request.prompt
+        # An image tag in the question would be taken for an image.
+        for owner in (self.processor, self.tokenizer):
+            for name in ("image_token", "boi_token", "eoi_token"):
+                if tag := getattr(owner, name, None):
+                    question = question.replace(str(tag), "")
+        images = [{"type": "image", "image": as_plain_rgb(image)} for image in request.images]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
+
+    def _require_placeholders(self, input_ids: Tensor) -> None:
+        token = getattr(self.model.config, "image_token_id", None)
+        if token is not None and not bool((input_ids == token).any(dim=1).all()):
+            raise UserError(
+                f"the chat template of {self._where} leaves images out of the prompt.",
+                _RESTORE,
+            )
+
+    def _tokens_never_to_generate(self) -> list[int]:
+        # The embedding may be padded beyond the tokenizer, and those rows can win an argmax;
+        # a placeholder of an image is nothing to say.
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        known = set(self.tokenizer.get_vocab().values())
+        never = {token for token in range(vocabulary) if token not in known}
+        image_token = getattr(self.model.config, "image_token_id", None)
+        if image_token is not None and image_token < vocabulary:
+            never.add(image_token)
+        return sorted(never - set(self._ends))
+
+
+def _require_chat(processor: Any, where: str) -> None:
+    if getattr(processor, "image_processor", None) is None or not hasattr(processor, "tokenizer"):
+        raise UserError(
+            f"{where} has no processor that takes images and text.",
+            "Restore preprocessor_config.json and processor_config.json from the base model.",
+        )
+    if not getattr(processor, "chat_template", None):
+        raise UserError(
+            f"{where} has no chat template, so it is not known how to ask this model.",
+            "Swapping and verifying work without one. To ask questions, add the "
+            "chat_template.jinja that the model was trained with, or use an adapter of its own.",
+        )
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    # Some models end a turn with another token than the tokenizer's; their generation settings
+    # list all of them.
+    stored = model.generation_config.eos_token_id
+    ends = stored if isinstance(stored, list) else [stored]
+    found = dict.fromkeys(token for token in [*ends, tokenizer.eos_token_id] if token is not None)
+    return list(found)
+
+
+def _check_options(
+    max_new_tokens: int, num_beams: int, temperature: float, top_p: float | None
+) -> None:
+    if max_new_tokens < 1 or num_beams < 1:
+        raise UserError(
+            f"max_new_tokens ({max_new_tokens}) and num_beams ({num_beams}) must be at least 1."
+        )
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}; 0 decodes greedily, above 0 samples.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1.")
+
+
+def _until(row: list[int], ends: Sequence[int]) -> list[int]:
+    cut = next((position for position, token in enumerate(row) if token in ends), len(row))
+    return row[:cut]
