@@ -16,8 +16,8 @@ copy          without links, as across file systems (`--copy`);
 own shard     into a base that was prepared once with `--own-shard` (the preparation is shown, and
               not part of the time), without running the towers.
 
-Peak memory is that of the kernel (`ru_maxrss`), which counts pages of mapped files; the share that
-is not backed by files is sampled and given as well. "On disk" is the time that it then takes until
+Peak memory is that of the kernel (`VmHWM`), which counts pages of mapped files; the share that is
+not backed by files is sampled and given as well. "On disk" is the time that it then takes until
 everything has left the page cache. All results are checked to hold the same tower.
 """
 
@@ -239,8 +239,9 @@ def measure(command: list[str], out: Path, environment: dict[str, str]) -> Run:
     with log.open("wb") as said:
         started = time.monotonic()
         child = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-        anonymous: list[float] = [0.0]
-        sampler = threading.Thread(target=_sample, args=(child.pid, anonymous), daemon=True)
+        # Not `ru_maxrss`: it begins with what this process held when it started the other.
+        peaks = {"VmHWM": 0.0, "RssAnon": 0.0}
+        sampler = threading.Thread(target=_sample, args=(child.pid, peaks), daemon=True)
         sampler.start()
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.monotonic() - started
@@ -254,20 +255,21 @@ def measure(command: list[str], out: Path, environment: dict[str, str]) -> Run:
             os.fsync(file.fileno())
     on_disk = seconds + time.monotonic() - started
     cpu = usage.ru_utime + usage.ru_stime
-    return Run(seconds, cpu, on_disk, usage.ru_maxrss * 1024 / 1e9, anonymous[0])
+    return Run(seconds, cpu, on_disk, peaks["VmHWM"], peaks["RssAnon"])
 
 
-def _sample(pid: int, peak: list[float]) -> None:
+def _sample(pid: int, peaks: dict[str, float]) -> None:
     status = Path(f"/proc/{pid}/status")
     while True:
         try:
             lines = status.read_text().splitlines()
         except OSError:
             return
-        found = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
-        if not found:
+        found = {name: value for name, _, value in (line.partition(":") for line in lines)}
+        if "RssAnon" not in found:
             return
-        peak[0] = max(peak[0], found[0] * 1024 / 1e9)
+        for name, highest in peaks.items():
+            peaks[name] = max(highest, int(found[name].split()[0]) * 1024 / 1e9)
         time.sleep(0.02)
 
 

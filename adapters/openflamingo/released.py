@@ -63,6 +63,12 @@ def text_config(
     for key in ("alibi", "no_bias"):
         if config.get(key) is not True:
             raise UserError(f"{where}: {key} is {config.get(key)!r}; MPT-1B says true.")
+    for key in ("d_model", "mlp_ratio", "n_layers", "n_heads", "max_seq_len"):
+        if not isinstance(config.get(key), int):
+            raise UserError(
+                f"{where}: {key} is {config.get(key)!r}, a whole number was expected.",
+                "Restore config.json from the language model's release.",
+            )
     width = int(config["d_model"])
     return OpenFlamingoTextConfig(
         vocab_size=vocabulary,

@@ -18,6 +18,8 @@ from kuea_mllm.adapters.openflamingo.ranking import rank_names, rank_names_as_re
 from kuea_mllm.adapters.openflamingo.released_beam import released_beam_search
 from kuea_mllm.errors import EnvironmentFailure, UserError
 
+_COUNTED_AT_ONCE = 1024
+
 
 class OpenFlamingoRuntime:
     """A loaded OpenFlamingo.
@@ -188,11 +190,17 @@ class OpenFlamingoRuntime:
         pixels = self.processor.image_processor(list(images))["pixel_values"]
         with self._memory_named(len(images)):
             latents = self.model.encode_images(pixels.to(self.model.device, self.model.dtype))
-        return list(latents)
+        # Copies: a view that is kept would keep the latents of the whole batch.
+        return [each.clone() for each in latents]
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         """Return the length of each prompt in tokens."""
-        return [len(ids) for ids in self.processor.tokenizer(list(prompts))["input_ids"]]
+        counts: list[int] = []
+        # In parts: the encodings of millions of few-shot prompts would not fit in memory.
+        for start in range(0, len(prompts), _COUNTED_AT_ONCE):
+            part = list(prompts[start : start + _COUNTED_AT_ONCE])
+            counts += [len(ids) for ids in self.processor.tokenizer(part)["input_ids"]]
+        return counts
 
     def prompt_room(self, max_new_tokens: int) -> int:
         """Return the most tokens that a prompt may have with an answer of this length."""

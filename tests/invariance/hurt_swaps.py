@@ -208,6 +208,8 @@ def somebody_elses_files(world):
 
 
 def main():
+    # A shell starts its background jobs with Ctrl-C ignored, which children inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, seed = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     choose = random.Random(seed)

@@ -108,8 +108,10 @@ def read_hateful_memes(folder: Path, part: Part) -> list[Example]:
     rows = _read_lines(path) if path.suffix == ".jsonl" else _read(path)["annotations"]
 
     def example(row: Mapping[str, Any]) -> Example:
-        image = folder / str(row["img"])
-        return Example(str(image), image.name, question=str(row["text"]), label=int(row["label"]))
+        image, label = folder / str(row["img"]), int(row["label"])
+        if label not in (0, 1):
+            raise ValueError(f"label {label} of {row['img']}, 0 or 1 was expected")
+        return Example(str(image), image.name, question=str(row["text"]), label=label)
 
     return _converted(path, lambda: [example(row) for row in rows])
 
