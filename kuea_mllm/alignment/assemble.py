@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +15,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kuea_mllm.alignment.attention import PICTURES, AttentionRecord
 from kuea_mllm.alignment.build import build_kernels, build_objective
-from kuea_mllm.alignment.callbacks import AlignmentProgress, MetricsFile, StopWhenDiverged
-from kuea_mllm.alignment.checkpoints import host_copy
-from kuea_mllm.alignment.distributed import any_process, rank, world_size
 from kuea_mllm.alignment.heldout import HeldOut
 from kuea_mllm.alignment.inputs import AlignmentInputs
-from kuea_mllm.alignment.interruption import Interruption, SaveCheckpoints
 from kuea_mllm.alignment.left_out import LeftOut
 from kuea_mllm.alignment.monitor import EarlyStop, Measure
 from kuea_mllm.alignment.record import describe_run
-from kuea_mllm.alignment.run_directory import RunDirectory
 from kuea_mllm.alignment.speed import (
     compile_towers,
     measure_utilisation,
@@ -37,17 +28,20 @@ from kuea_mllm.alignment.speed import (
 from kuea_mllm.alignment.target_cache import CachedImages, CachedTargets, autocast
 from kuea_mllm.alignment.target_inputs import open_target_cache
 from kuea_mllm.alignment.targets import LiveTargets, TargetSource
-from kuea_mllm.alignment.trainer import AlignmentModel, AlignmentTrainer
+from kuea_mllm.alignment.trainer import DIVERGED_REMEDY, AlignmentModel, AlignmentTrainer
 from kuea_mllm.alignment.warm_start import start_feature_map
 from kuea_mllm.alignment.zero_shot import ZeroShotProbe, open_zero_shot
-from kuea_mllm.errors import UserError
 from kuea_mllm.log import LOGGER
 from kuea_mllm.objectives import Objective
 from kuea_mllm.towers.encode import TowerEncoder
 from kuea_mllm.towers.save import save_tower
 from kuea_mllm.towers.tower import Tower
-
-_TRACKERS = {"tensorboard": "kuea-mllm[tensorboard]", "wandb": "wandb"}
+from kuea_mllm.training.callbacks import MetricsFile, StopWhenDiverged, TrainingProgress
+from kuea_mllm.training.checkpoints import host_copy
+from kuea_mllm.training.distributed import any_process, rank, world_size
+from kuea_mllm.training.interruption import Interruption, SaveCheckpoints
+from kuea_mllm.training.run_directory import RunDirectory
+from kuea_mllm.training.trackers import tensorboard_in
 
 
 @dataclass(frozen=True)
@@ -101,20 +95,6 @@ class Assembly:
             self.early_stop.load_state_dict(state["early_stop"])
         self.unreadable.load_state(state["left_out"])
         self.trainer.history.load_state(state["history"])
-
-
-def require_trackers(names: list[Any]) -> None:
-    """Check that what `runtime.trackers` names is installed.
-
-    Raises:
-        UserError: If something is not.
-    """
-    for name in names:
-        if find_spec(name) is None:
-            raise UserError(
-                f"key 'runtime.trackers' names {name}, which is not installed.",
-                f"Install it: pip install '{_TRACKERS[name]}'.",
-            )
 
 
 def assemble(inputs: AlignmentInputs, run: RunDirectory, *, progress: bool) -> Assembly:
@@ -182,12 +162,14 @@ def assemble(inputs: AlignmentInputs, run: RunDirectory, *, progress: bool) -> A
         batch_size=recipe.optim.batch_size,
         resume_step=run.start_step,
         idle_seconds=lambda: measure.seconds,
-        flops_per_image=utilisation.flops_per_image if utilisation else None,
+        flops_per_item=utilisation.flops_per_image if utilisation else None,
         peak_flops=utilisation.peak_flops if utilisation else None,
     )
     kernels = objective.kernels
     diverged = StopWhenDiverged(
-        kernels[0].check if kernels else _nothing_to_check, last_good=run.store.last_good
+        kernels[0].check if kernels else _nothing_to_check,
+        remedy=DIVERGED_REMEDY,
+        last_good=run.store.last_good,
     )
 
     def agree(wish: bool) -> bool:
@@ -209,7 +191,7 @@ def assemble(inputs: AlignmentInputs, run: RunDirectory, *, progress: bool) -> A
     # After what may end the run, which then needs no checkpoint.
     callbacks += [interruption, saving]
     unreadable = LeftOut(recipe.data.skip_unreadable, _names(inputs))
-    with _tensorboard_in(run.path / "tensorboard"):
+    with tensorboard_in(run.path / "tensorboard"):
         trainer = AlignmentTrainer(
             model,
             targets,
@@ -229,7 +211,7 @@ def assemble(inputs: AlignmentInputs, run: RunDirectory, *, progress: bool) -> A
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if progress:
-        trainer.add_callback(AlignmentProgress(lambda: metrics.images_per_second))
+        trainer.add_callback(TrainingProgress("align", rate=lambda: metrics.per_second))
     constants = dict(kernels[0].constants()) if kernels else {}
     parts = Assembly(
         trainer,
@@ -346,21 +328,6 @@ def _names(inputs: AlignmentInputs) -> Callable[[int], str] | None:
     """Return what tells the name of a training image; None for a stream."""
     source = getattr(inputs.images.training, "source", None)
     return None if source is None else source.name
-
-
-@contextmanager
-def _tensorboard_in(directory: Path) -> Iterator[None]:
-    """Have a tensorboard callback that is made in the block write to the run directory."""
-    variable = "TENSORBOARD_LOGGING_DIR"
-    before = os.environ.get(variable)
-    os.environ[variable] = str(directory)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
 
 
 def _device(name: str) -> torch.device:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kuea_mllm.alignment.distributed import mean_over_processes
 from kuea_mllm.objectives import LossTerms
+from kuea_mllm.training.distributed import mean_over_processes
 
 _SHOWN = 4
 

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from kuea_mllm.alignment.distributed import rank, world_size
 from kuea_mllm.config.align import (
     AlignRecipe,
     KernelConfig,
@@ -30,6 +29,7 @@ from kuea_mllm.log import LOGGER
 from kuea_mllm.teachers import Teacher, load_teacher
 from kuea_mllm.towers.fingerprint import fingerprint_all
 from kuea_mllm.towers.load import Tower, load_tower
+from kuea_mllm.training.distributed import rank, world_size
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kuea_mllm.alignment.distributed import gather_objects, world_size
 from kuea_mllm.data.unreadable import UnreadableCounter, too_many_unreadable
+from kuea_mllm.training.distributed import gather_objects, world_size
 
 
 class LeftOut(UnreadableCounter):

@@ -12,16 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kuea_mllm.alignment.assemble import Assembly, assemble, require_trackers
-from kuea_mllm.alignment.distributed import barrier, fails_together, rank, world_size
+from kuea_mllm.alignment.assemble import Assembly, assemble
+from kuea_mllm.alignment.identity import KIND, identify_run
 from kuea_mllm.alignment.inputs import AlignmentInputs, open_inputs
 from kuea_mllm.alignment.record import describe_run
-from kuea_mllm.alignment.run_directory import (
-    RECIPE,
-    RunDirectory,
-    open_run,
-    require_startable,
-)
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.data.source import as_raised_in_worker
 from kuea_mllm.errors import (
@@ -35,6 +29,14 @@ from kuea_mllm.io import name_disk_error, write_json
 from kuea_mllm.log import LOGGER, log_file
 from kuea_mllm.manifest import current_command
 from kuea_mllm.towers.save import save_tower
+from kuea_mllm.training.distributed import barrier, fails_together, rank, world_size
+from kuea_mllm.training.run_directory import (
+    RECIPE,
+    RunDirectory,
+    open_run,
+    require_startable,
+)
+from kuea_mllm.training.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,11 @@ def run_alignment(
     out = Path(out)
     if recipe.method != "align":
         raise RecipeError(f"key 'method' is {recipe.method!r}: nothing is trained by it.")
-    require_startable(out, resume=resume, restart=restart)
+    require_startable(out, kind=KIND, resume=resume, restart=restart)
     require_trackers(recipe.runtime.trackers)
     with fails_together():
         inputs = open_inputs(recipe)
-    with open_run(out, inputs, resume=resume, restart=restart) as run:
+    with open_run(out, identify_run(inputs), resume=resume, restart=restart) as run:
         is_writer = rank() == 0
         with log_file(run.path / "run.log") if is_writer else nullcontext():
             for note in run.notes:

@@ -16,10 +16,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from kuea_mllm.alignment.distributed import gather_objects, gather_rows, rank, world_size
 from kuea_mllm.alignment.targets import Targets, TargetSource
 from kuea_mllm.features import Features
 from kuea_mllm.objectives import LossTerms, Objective, widened
+from kuea_mllm.training.distributed import gather_objects, gather_rows, rank, world_size
 
 Context = Callable[[], AbstractContextManager[object]]
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,24 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from kuea_mllm.alignment.checkpoints import (
-    TRAINER_STATE,
-    CheckpointStore,
-    Snapshot,
-    first_not_finite,
-    host_copy,
-    load_weights,
-)
-from kuea_mllm.alignment.distributed import fails_together, gather_objects
 from kuea_mllm.alignment.history import LossHistory
-from kuea_mllm.alignment.interruption import outlive_signals
 from kuea_mllm.alignment.left_out import LeftOut
 from kuea_mllm.alignment.schedule import lr_multiplier
 from kuea_mllm.alignment.step import WholeBatchStep
@@ -37,9 +23,14 @@ from kuea_mllm.alignment.targets import TargetSource
 from kuea_mllm.config.align import OptimConfig, RuntimeConfig
 from kuea_mllm.data.sampler import GlobalBatchSampler
 from kuea_mllm.data.transforms import unit_pixels
-from kuea_mllm.errors import TrainingDiverged, UserError
+from kuea_mllm.errors import UserError
 from kuea_mllm.features import Features
 from kuea_mllm.objectives import LossTerms, Objective
+from kuea_mllm.training.checkpoints import load_weights
+from kuea_mllm.training.interruption import outlive_signals
+from kuea_mllm.training.trainer import ResumableTrainer
+
+DIVERGED_REMEDY = "Lower optim.lr or objective.kernel_weight, or use runtime.precision=fp32."
 
 # Of a batch; the host alone reads them.
 _STAY_ON_HOST = frozenset({"checksum", "replaced", "replaced_name"})
@@ -68,7 +59,7 @@ class AlignmentModel(nn.Module):
         return features
 
 
-class AlignmentTrainer(Trainer):
+class AlignmentTrainer(ResumableTrainer):
     """Trainer whose loss is over all pairs of the whole batch.
 
     It differs from the stock trainer in the step (see `alignment.step`), the two parameter groups
@@ -97,6 +88,8 @@ class AlignmentTrainer(Trainer):
     Raises:
         UserError: If the batch does not divide among the processes.
     """
+
+    diverged_remedy = DIVERGED_REMEDY
 
     def __init__(
         self,
@@ -127,8 +120,6 @@ class AlignmentTrainer(Trainer):
         self._shuffle = shuffle
         self._unreadable = unreadable
         self.history = LossHistory(image_name)
-        self._checkpoints: CheckpointStore | None = None
-        self._run_state: Callable[[], dict[str, Any]] = dict
         self.last_loss: LossTerms | None = None
         arguments = TrainingArguments(
             output_dir=str(output_dir),
@@ -142,7 +133,7 @@ class AlignmentTrainer(Trainer):
             logging_steps=runtime.log_every,
             logging_first_step=True,
             logging_nan_inf_filter=False,  # a NaN must be seen; the filter also syncs every step
-            save_strategy="no",  # callbacks decide, see `alignment.interruption`
+            save_strategy="no",  # callbacks decide, see `training.interruption`
             run_name=run_name,
             report_to=list(runtime.trackers) or "none",
             ddp_find_unused_parameters=False,
@@ -169,25 +160,6 @@ class AlignmentTrainer(Trainer):
             no_sync=self.accelerator.no_sync,
             micro_batch_size=runtime.micro_batch_size,
         )
-
-    def bind_checkpoints(
-        self, store: CheckpointStore, run_state: Callable[[], dict[str, Any]]
-    ) -> None:
-        """Say where checkpoints go and what they hold besides the trainer's own state.
-
-        Args:
-            store: Writes them.
-            run_state: Returns JSON values; called at each checkpoint.
-        """
-        self._checkpoints, self._run_state = store, run_state
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        for handler in arguments.get("kwargs_handlers") or []:
-            if isinstance(handler, DistributedDataParallelKwargs):
-                # Gradients live in the buckets that are exchanged, instead of beside them.
-                handler.gradient_as_bucket_view = True
-        return arguments
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's batches, from `start_step` on."""
@@ -301,79 +273,29 @@ class AlignmentTrainer(Trainer):
         """Name the first update since the last row whose loss was not finite, with its images."""
         return self.history.first_bad
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return student and objective."""
+        return self._trained.state_dict()
+
+    def load_trained_state(self, checkpoint: Path) -> None:
+        """Load student and objective."""
+        load_weights(self._trained, checkpoint)
+
+    def own_state(self) -> dict[str, Any]:
+        """Return what else a resumed run needs; JSON values."""
+        return {"history": self.history.state()}
+
+    def find_divergence(self) -> str | None:
+        """Read the losses that are still on the device and name the first that is not finite."""
+        self.history.collect()
+        return self.history.first_bad
+
     def _epochs(self) -> Any:
         if isinstance(self.train_dataset, IterableDataset):
             return None
         dataset: Any = self.train_dataset
         count = len(dataset if self._positions is None else self._positions)
         return self.state.global_step / (count // self.optim.batch_size)
-
-    def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
-        done: tuple[int, int] = super()._init_training_state(max_steps, *rest)
-        # A resumed run may log at other steps than its checkpoint says.
-        state: Any = self.state
-        state.compute_steps(self.args, max_steps)
-        return done
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        # The stock loader only warns of missing tensors.
-        load_weights(model or self._trained, Path(resume_from_checkpoint))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._checkpoints is None:
-            raise ValueError("a checkpoint was asked for before `bind_checkpoints`")
-        self.history.collect()
-        weights = self._trained.state_dict()
-        bad = self.history.first_bad
-        if bad is None and (name := first_not_finite(weights)) is not None:
-            bad = f"tensor {name} is not finite after step {self.state.global_step}"
-        if bad is not None:
-            # Saving it would push a good checkpoint out.
-            last = self._checkpoints.last_good()
-            raise TrainingDiverged(
-                f"{bad}.",
-                "Lower optim.lr or objective.kernel_weight, or use runtime.precision=fp32."
-                + (f" The last good checkpoint is {last}." if last is not None else ""),
-            )
-        pickles = self._random_states()  # of all processes
-        # All of them end here if an earlier checkpoint could not be written.
-        with fails_together():
-            if self.args.should_save:
-                self._checkpoints.save(self._snapshot(weights, pickles))
-
-    def _snapshot(self, weights: dict[str, Tensor], pickles: dict[str, Any]) -> Snapshot:
-        optimizer: Any = self.optimizer
-        scheduler: Any = self.lr_scheduler
-        pickles["optimizer.pt"] = host_copy(optimizer.state_dict())
-        pickles["scheduler.pt"] = host_copy(scheduler.state_dict())
-        # metrics.jsonl holds the history already.
-        state = {**dataclasses.asdict(self.state), "log_history": []}
-        return Snapshot(
-            step=self.state.global_step,
-            weights=host_copy(weights),
-            pickles=pickles,
-            texts={TRAINER_STATE: json.dumps(state, indent=2, sort_keys=True)},
-            state={"history": self.history.state(), **self._run_state()},
-        )
-
-    def _random_states(self) -> dict[str, Any]:
-        """Return the random states of all processes under the names that the stock loader reads."""
-        own: dict[str, Any] = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "cpu": torch.get_rng_state(),
-        }
-        world_size = self.args.world_size
-        if torch.cuda.is_available():
-            own["cuda"] = (
-                torch.cuda.get_rng_state_all() if world_size > 1 else torch.cuda.get_rng_state()
-            )
-        if world_size == 1:
-            return {"rng_state.pth": own}
-        states = gather_objects(own)
-        return {f"rng_state_{process}.pth": state for process, state in enumerate(states)}
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The stock trainer computes it every step, two more passes over all gradients, to log it

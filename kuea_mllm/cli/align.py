@@ -221,10 +221,10 @@ def _run(recipe: AlignRecipe, out: Path, *, resume: bool, restart: bool, json_ou
     if recipe.method == "projection":
         _run_projection(recipe, out, json_output=json_output)
         return
-    from kuea_mllm.alignment.distributed import init_if_launched, leave
     from kuea_mllm.alignment.run import run_alignment
     from kuea_mllm.cli.align_plan import check_device_memory
     from kuea_mllm.reporting.alignment import draw_alignment_figures, print_alignment_result
+    from kuea_mllm.training.distributed import init_if_launched, leave
 
     is_speaker = launched_rank() == 0
     init_if_launched(recipe.runtime.device)

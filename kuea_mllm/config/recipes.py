@@ -14,12 +14,14 @@ import yaml
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.config.base import Recipe
 from kuea_mllm.config.evaluate import EvalRecipe
+from kuea_mllm.config.lora import LoraRecipe
 from kuea_mllm.config.sweep import SweepRecipe
 from kuea_mllm.errors import RecipeError
 
 SCHEMAS: dict[str, type[Recipe]] = {
     "align": AlignRecipe,
     "eval": EvalRecipe,
+    "lora": LoraRecipe,
     "sweep": SweepRecipe,
 }
 

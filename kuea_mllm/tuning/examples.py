@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kuea_mllm.adapters.base import ConversationEncoder
 from kuea_mllm.data.source import read_image
 from kuea_mllm.errors import DataError, UnreadableImage
 from kuea_mllm.tuning.mixture import Mixture
@@ -18,55 +19,13 @@ from kuea_mllm.tuning.records import leaves_folder
 Preprocess = Callable[[Sequence[Image.Image]], Tensor]
 
 
-class Encoded(Protocol):
-    """What an encoder makes of one record."""
-
-    @property
-    def input_ids(self) -> list[int]:
-        """Token ids, with the encoder's placeholder once for the image."""
-        ...
-
-    @property
-    def labels(self) -> list[int]:
-        """What to predict, -100 where nothing is."""
-        ...
-
-    @property
-    def left_out(self) -> int:
-        """Tokens that were cut off already."""
-        ...
-
-
-class ConversationEncoder(Protocol):
-    """Turns records into tokens in the conversation format of one model; comes from its adapter."""
-
-    @property
-    def placeholder(self) -> int:
-        """What stands for the image in `Encoded.input_ids`; not the id of any token."""
-        ...
-
-    @property
-    def pad_token_id(self) -> int:
-        """Token to fill rows with."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Longest sample in tokens."""
-        ...
-
-    def encode(self, record: Mapping[str, Any]) -> Encoded:
-        """Encode a record in the schema of LLaVA's mixture."""
-        ...
-
-
 class Example(NamedTuple):
     """One sample.
 
     Attributes:
         position: In the mixture.
-        input_ids: See `Encoded.input_ids`.
-        labels: See `Encoded.labels`.
+        input_ids: See `EncodedSample.input_ids`.
+        labels: See `EncodedSample.labels`.
         pixels: (3, size, size), None for text alone.
         left_out: Tokens that were cut off.
     """

@@ -18,7 +18,6 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kuea_mllm.alignment.distributed import init_if_launched, is_main, leave, mean_over_processes
 from kuea_mllm.alignment.targets import LiveTargets
 from kuea_mllm.alignment.trainer import AlignmentModel, AlignmentTrainer
 from kuea_mllm.config.align import OptimConfig, RuntimeConfig
@@ -35,6 +34,7 @@ from kuea_mllm.objectives import (
     PatchPreservationTerm,
     PreservationTerm,
 )
+from kuea_mllm.training.distributed import init_if_launched, is_main, leave, mean_over_processes
 
 SIZE, WIDTH, EMBEDDING, TEACHER = 32, 24, 16, 20
 BATCH, STEPS, IMAGES, LAYER = 12, 20, 40, -2

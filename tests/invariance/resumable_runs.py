@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from kuea_mllm.alignment.run import run_alignment
-from kuea_mllm.alignment.run_directory import unfinished_path
 from kuea_mllm.alignment.trainer import AlignmentTrainer
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.config.recipes import load_recipe
 from kuea_mllm.miniworld import ASSETS
+from kuea_mllm.training.run_directory import unfinished_path
 
 STEPS, SIDE = 80, 32
 SETTINGS = {

@@ -12,9 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kuea_mllm.alignment.callbacks import MetricsFile, StopWhenDiverged
-from kuea_mllm.alignment.checkpoints import CheckpointStore, read_state
-from kuea_mllm.alignment.interruption import SaveCheckpoints
 from kuea_mllm.alignment.left_out import LeftOut
 from kuea_mllm.alignment.monitor import Measure
 from kuea_mllm.alignment.schedule import cosine_with_warmup, lr_multiplier
@@ -25,6 +22,9 @@ from kuea_mllm.errors import EnvironmentFailure, TrainingDiverged, UnreadableIma
 from kuea_mllm.features import Features
 from kuea_mllm.kernels import CosineKernel, PolynomialKernel
 from kuea_mllm.objectives import KernelTerm, Objective, PreservationTerm
+from kuea_mllm.training.callbacks import MetricsFile, StopWhenDiverged
+from kuea_mllm.training.checkpoints import CheckpointStore, read_state
+from kuea_mllm.training.interruption import SaveCheckpoints
 
 SIZE, WIDTH = 4, 6
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ class NanFrom:
 
 
 def test_nan_ends_the_run_and_names_term_step_and_images(tmp_path):
-    diverged = StopWhenDiverged(lambda: None)
+    diverged = StopWhenDiverged(remedy="")
     trainer = make_trainer(
         tmp_path,
         [diverged],
@@ -183,7 +183,7 @@ def test_nan_ends_the_run_and_names_term_step_and_images(tmp_path):
 def test_kernel_that_lost_its_sign_ends_the_run(tmp_path):
     trainer = make_trainer(tmp_path, lr=1e-9)
     kernel = student_kernel(trainer)
-    trainer.add_callback(StopWhenDiverged(kernel.check))
+    trainer.add_callback(StopWhenDiverged(kernel.check, remedy=""))
     with torch.no_grad():
         kernel.gamma.fill_(-1e-3)  # the loss is finite still
     with pytest.raises(TrainingDiverged, match="gamma"):
@@ -279,7 +279,7 @@ def test_full_disk_ends_training_and_names_the_last_good_checkpoint(tmp_path, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr("kuea_mllm.alignment.checkpoints.save_file", full_later)
+    monkeypatch.setattr("kuea_mllm.training.checkpoints.save_file", full_later)
     with pytest.raises(EnvironmentFailure) as caught:
         trainer.train()
     store.close()

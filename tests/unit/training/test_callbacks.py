@@ -6,14 +6,14 @@ import math
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from kuea_mllm.alignment import callbacks
-from kuea_mllm.alignment.callbacks import (
-    AlignmentProgress,
+from kuea_mllm.errors import TrainingDiverged, UserError
+from kuea_mllm.training import callbacks
+from kuea_mllm.training.callbacks import (
     MetricsFile,
     StopWhenDiverged,
+    TrainingProgress,
     keep_rows,
 )
-from kuea_mllm.errors import TrainingDiverged, UserError
 
 
 class Clock:
@@ -64,7 +64,7 @@ def test_rate_is_of_the_images_since_the_last_row(open_metrics, tmp_path, clock)
     clock.now += 1
     log(metrics, 6, {"loss": 0.4})
     assert [row["images_per_second"] for row in rows_of(tmp_path / "m")] == [4.0, 40.0]
-    assert metrics.images_per_second == 40.0
+    assert metrics.per_second == 40.0
 
 
 def test_rate_leaves_out_time_spent_on_measuring(open_metrics, tmp_path, clock):
@@ -74,7 +74,7 @@ def test_rate_leaves_out_time_spent_on_measuring(open_metrics, tmp_path, clock):
     clock.now += 5
     idle[0] = 4.0
     log(metrics, 1, {"loss": 0.5})
-    assert metrics.images_per_second == 8.0
+    assert metrics.per_second == 8.0
 
 
 def test_rate_of_a_resumed_run_counts_its_own_steps_only(open_metrics, tmp_path, clock):
@@ -84,14 +84,14 @@ def test_rate_of_a_resumed_run_counts_its_own_steps_only(open_metrics, tmp_path,
     clock.now += 1
     log(metrics, 52, {"loss": 0.5})
     assert [row["step"] for row in rows_of(tmp_path / "m")] == [50, 52]
-    assert metrics.images_per_second == 16.0
+    assert metrics.per_second == 16.0
 
 
 @pytest.mark.parametrize(("peak", "expected"), [(None, None), (1000.0, 0.08)])
 def test_utilisation_is_written_where_the_peak_is_known(
     open_metrics, tmp_path, clock, peak, expected
 ):
-    metrics = open_metrics(flops_per_image=10.0, peak_flops=peak)
+    metrics = open_metrics(flops_per_item=10.0, peak_flops=peak)
     begin(metrics)
     clock.now += 1
     log(metrics, 1, {"loss": 0.5})
@@ -152,20 +152,20 @@ def test_missing_metrics_of_a_resumed_run_are_said(tmp_path, caplog):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_end_the_run(name, value):
     with pytest.raises(TrainingDiverged, match=f"{name} is {value} at step 7"):
-        log(StopWhenDiverged(lambda: None), 7, {"lr": 1.0, name: value})
+        log(StopWhenDiverged(remedy="Lower it."), 7, {"lr": 1.0, name: value})
 
 
 def test_healthy_rows_and_other_columns_pass():
-    log(StopWhenDiverged(lambda: None), 7, {"loss": 1.0, "grad_norm": math.inf})
+    log(StopWhenDiverged(remedy="Lower it."), 7, {"loss": 1.0, "grad_norm": math.inf})
 
 
 def test_a_term_is_named_rather_than_the_total_it_spoilt():
     with pytest.raises(TrainingDiverged, match=r"^loss_kernel is nan"):
-        log(StopWhenDiverged(lambda: None), 7, {"loss": math.nan, "loss_kernel": math.nan})
+        log(StopWhenDiverged(remedy="Lower it."), 7, {"loss": math.nan, "loss_kernel": math.nan})
 
 
 def test_divergence_names_batch_and_last_good_checkpoint():
-    stop = StopWhenDiverged(lambda: None)
+    stop = StopWhenDiverged(remedy="Lower it.")
     stop.bind(
         explain=lambda: "loss_kernel is nan at step 5, images 3, 8", last_good=lambda: "out/5"
     )
@@ -180,13 +180,13 @@ def test_kernel_that_lost_its_meaning_names_the_step_and_the_checkpoint():
         raise TrainingDiverged("rho became nan.", "Lower the rate.")
 
     with pytest.raises(TrainingDiverged) as caught:
-        log(StopWhenDiverged(check, last_good=lambda: "out/5"), 7, {"loss": 1.0})
+        log(StopWhenDiverged(check, remedy="", last_good=lambda: "out/5"), 7, {"loss": 1.0})
     assert caught.value.problem == "at step 7 rho became nan."
     assert caught.value.remedy == "Lower the rate. The last good checkpoint is out/5."
 
 
 def test_progress_of_a_resumed_run_starts_where_it_stopped():
-    progress = AlignmentProgress(lambda: 123.4)
+    progress = TrainingProgress("align", rate=lambda: 123.4)
     begin(progress, 40, max_steps=50)
     bar = progress._bar
     assert (bar.n, bar.initial, bar.total) == (40, 40, 50)
@@ -199,7 +199,7 @@ def test_progress_of_a_resumed_run_starts_where_it_stopped():
 
 
 def test_progress_is_shown_by_process_zero_only():
-    progress = AlignmentProgress()
+    progress = TrainingProgress("align")
     begin(progress, is_zero=False)
     progress.on_step_end(None, state_at(1), TrainerControl())
     log(progress, 1, {"loss_kernel": 0.25})

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kuea_mllm.alignment.checkpoints import CheckpointStore
-from kuea_mllm.alignment.distributed import world_size
 from kuea_mllm.log import LOGGER
+from kuea_mllm.training.checkpoints import CheckpointStore
+from kuea_mllm.training.distributed import world_size
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -5,22 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from kuea_mllm.alignment.checkpoints import CheckpointStore, latest_checkpoint, read_state
-from kuea_mllm.alignment.distributed import (
-    broadcast_object,
-    fails_together,
-    rank,
-    world_size,
-)
-from kuea_mllm.alignment.inputs import AlignmentInputs
-from kuea_mllm.alignment.target_cache import original_embedder
-from kuea_mllm.config.align import AlignRecipe
+from kuea_mllm.config.base import Recipe
 from kuea_mllm.config.recipes import load_recipe, recipe_to_yaml
 from kuea_mllm.errors import OutputError, RecipeError, UserError
 from kuea_mllm.io import (
@@ -33,31 +24,43 @@ from kuea_mllm.io import (
     write_json,
     write_text,
 )
-from kuea_mllm.towers.encode import TowerEncoder
+from kuea_mllm.training.checkpoints import CheckpointStore, latest_checkpoint, read_state
+from kuea_mllm.training.distributed import (
+    broadcast_object,
+    fails_together,
+    rank,
+    world_size,
+)
 
 RECIPE, INPUTS, CHECKPOINTS, LOCK = "run.yaml", "inputs.json", "checkpoints", ".lock"
 
-# What a resumed run may change. Speed and bookkeeping (the last three change rounding at most), and
-# places, since the content of what lies there is compared by itself (inputs.json).
-FREE_KEYS = (
-    "data.workers",
-    "runtime.log_every",
-    "runtime.trackers",
-    "checkpoint",
-    "targets.directory",
-    "student.model",
-    "student.revision",
-    "teacher.model",
-    "teacher.revision",
-    "data.images",
-    "data.heldout",
-    "runtime.compile",
-    "runtime.gradient_checkpointing",
-    "runtime.micro_batch_size",
-)
-_DROP = "Set it back, or drop the unfinished run with --restart."
+DROP = "Set it back, or drop the unfinished run with --restart."
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run is, and what of it a resumed one may change.
+
+    Attributes:
+        recipe: Fully resolved.
+        kind: What the run is called in messages, as "alignment".
+        keep: How many checkpoints are kept.
+        fingerprints: Returns what each input is recognised by; only called by process zero.
+        is_free: Says whether a key of the recipe may differ in a resumed run.
+        check: Raises if a resumed run differs otherwise; given the state of the checkpoint and the
+            keys that changed, with both values.
+    """
+
+    recipe: Recipe
+    kind: str
+    keep: int
+    fingerprints: Callable[[], dict[str, str]]
+    is_free: Callable[[str], bool]
+    check: Callable[[Mapping[str, Any], Mapping[str, tuple[Any, Any]]], None] = (
+        lambda state, changed: None
+    )
 
 
 @dataclass(frozen=True)
@@ -91,23 +94,23 @@ def unfinished_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.unfinished")
 
 
-def require_startable(out: Path, *, resume: bool, restart: bool) -> None:
+def require_startable(out: Path, *, kind: str, resume: bool, restart: bool) -> None:
     """Refuse what cannot work, before the inputs are opened; writes nothing.
 
     Raises:
         OutputError: If the output exists, or if the options do not fit what lies there.
     """
-    _of_process_zero(lambda: _require_startable(out, resume=resume, restart=restart))
+    _of_process_zero(lambda: _require_startable(out, kind, resume=resume, restart=restart))
 
 
-def _require_startable(out: Path, *, resume: bool, restart: bool) -> None:
+def _require_startable(out: Path, kind: str, *, resume: bool, restart: bool) -> None:
     if resume and restart:
         raise OutputError("--resume and --restart exclude each other.", "Give one of them.")
     require_free_output(out)
     path = unfinished_path(out)
     if path.exists() and not _is_ours(path):
         raise OutputError(
-            f"{path} exists and is no unfinished alignment.",
+            f"{path} exists and is no unfinished {kind}.",
             "It will not be touched: choose another --out, or move it away.",
         )
     if path.exists() and not (resume or restart):
@@ -122,7 +125,7 @@ def _require_startable(out: Path, *, resume: bool, restart: bool) -> None:
 
 @contextmanager
 def open_run(
-    out: Path, inputs: AlignmentInputs, *, resume: bool, restart: bool
+    out: Path, identity: RunIdentity, *, resume: bool, restart: bool
 ) -> Iterator[RunDirectory]:
     """Create or reopen the unfinished run, and rename it to `out` when the block succeeds.
 
@@ -134,7 +137,7 @@ def open_run(
         UserError: If recipe or inputs are not those of the run to be resumed.
     """
     path = unfinished_path(out)
-    store = CheckpointStore(path / CHECKPOINTS, keep=inputs.recipe.checkpoint.keep)
+    store = CheckpointStore(path / CHECKPOINTS, keep=identity.keep)
     with ExitStack() as lock:
         created: Path | None = None
 
@@ -145,7 +148,7 @@ def open_run(
             if _entries(path) and not (resume or restart):
                 raise _lies_there(path)
             lock.callback(_clean_up, path, created)
-            return _prepare(path, store, inputs, resume=resume)
+            return _prepare(path, store, identity, resume=resume)
 
         checkpoint, state, notes = _of_process_zero(claim)
         try:
@@ -159,7 +162,7 @@ def open_run(
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether an alignment wrote the directory, or began to: it writes its recipe first."""
+    """Whether a run wrote the directory, or began to: it writes its recipe first."""
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
     return not names - {LOCK} or RECIPE in names or INPUTS in names
 
@@ -179,19 +182,20 @@ def _lies_there(path: Path) -> OutputError:
 
 
 def _prepare(
-    path: Path, store: CheckpointStore, inputs: AlignmentInputs, *, resume: bool
+    path: Path, store: CheckpointStore, identity: RunIdentity, *, resume: bool
 ) -> tuple[Path | None, dict[str, Any], list[str]]:
     """Make the directory ready; return the checkpoint to go on from, its state, and notes."""
-    found = _input_fingerprints(inputs)
+    found = identity.fingerprints()
     store.recover()
     checkpoint = store.latest() if resume else None
     state: dict[str, Any] = {}
     notes: list[str] = []
     if checkpoint is not None:
-        changed = compare_recipes(load_recipe(str(path / RECIPE), AlignRecipe), inputs.recipe)
+        before = load_recipe(str(path / RECIPE), type(identity.recipe))
+        changed = compare_recipes(before, identity.recipe, identity.is_free)
         _require_same_inputs(read_json(path / INPUTS), found)
         state = read_state(checkpoint)
-        _require_same_readers(inputs.recipe, state, changed)
+        identity.check(state, changed)
         notes.append(f"resumed from {checkpoint}")
         notes += [f"{key} is {new!r} now, was {old!r}" for key, (old, new) in changed.items()]
         if state["processes"] != world_size():
@@ -201,17 +205,20 @@ def _prepare(
             notes.append(f"{path} holds no checkpoint: the run starts from the beginning")
         _empty(path)
     with disk_errors_named(path):
-        write_text(path / RECIPE, recipe_to_yaml(inputs.recipe))
+        write_text(path / RECIPE, recipe_to_yaml(identity.recipe))
         write_json(path / INPUTS, found)
     return checkpoint, state, notes
 
 
-def compare_recipes(old: AlignRecipe, new: AlignRecipe) -> dict[str, tuple[Any, Any]]:
+def compare_recipes(
+    old: Recipe, new: Recipe, is_free: Callable[[str], bool]
+) -> dict[str, tuple[Any, Any]]:
     """Return the keys that differ and may, with both values.
 
     Args:
         old: Of the interrupted run.
         new: Of the one that is to go on with it.
+        is_free: Says whether a key may differ.
 
     Raises:
         RecipeError: If another key differs; names it.
@@ -222,22 +229,14 @@ def compare_recipes(old: AlignRecipe, new: AlignRecipe) -> dict[str, tuple[Any, 
         values = before.get(key), now.get(key)
         if values[0] == values[1]:
             continue
-        if not _is_free(key, new):
+        if not is_free(key):
             raise RecipeError(
                 f"--resume: key '{key}' is {values[1]!r}, and the unfinished run was started with "
                 f"{values[0]!r}.",
-                _DROP,
+                DROP,
             )
         changed[key] = values
     return changed
-
-
-def _is_free(key: str, recipe: AlignRecipe) -> bool:
-    if key == "runtime.measure_every":
-        return recipe.monitor.early_stop is None  # which counts measurements
-    if key.startswith("extra_teachers."):
-        return key.endswith((".model", ".revision"))
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -253,22 +252,6 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _input_fingerprints(inputs: AlignmentInputs) -> dict[str, str]:
-    # Of the whole student: a tower's own fingerprint leaves out its projection.
-    student = original_embedder(TowerEncoder(inputs.student), description="").fingerprint
-    teachers = {
-        f"teacher {number}" if number else "teacher": teacher.fingerprint
-        for number, teacher in enumerate(inputs.teachers)
-    }
-    heldout: Any = inputs.images.heldout
-    return {
-        "student": student,
-        **teachers,
-        "list of training images": inputs.images.listing,
-        "list of held-out images": heldout.source.fingerprint(),
-    }
-
-
 def _require_same_inputs(before: dict[str, str], now: dict[str, str]) -> None:
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
@@ -277,27 +260,6 @@ def _require_same_inputs(before: dict[str, str], now: dict[str, str]) -> None:
                 f"{str(now.get(name))[:23]}, was {str(before.get(name))[:23]}).",
                 "Give it the same files, or drop the unfinished run with --restart.",
             )
-
-
-def _require_same_readers(
-    recipe: AlignRecipe, state: dict[str, Any], changed: dict[str, tuple[Any, Any]]
-) -> None:
-    # The order of a stream depends on who reads it.
-    if not recipe.data.stream:
-        return
-    if "data.workers" in changed:
-        old, new = changed["data.workers"]
-        raise RecipeError(
-            f"--resume: key 'data.workers' is {new}, and the unfinished run was started with "
-            f"{old}, on which the order of a stream depends.",
-            _DROP,
-        )
-    if state["processes"] != world_size():
-        raise UserError(
-            f"--resume: the unfinished run had {state['processes']} processes, this one has "
-            f"{world_size()}, and the order of a stream depends on it.",
-            "Start as many as before, or drop the unfinished run with --restart.",
-        )
 
 
 def _progress(path: Path) -> str:

@@ -18,17 +18,18 @@ from kuea_mllm.log import LOGGER
 
 
 class MetricsFile(TrainerCallback):
-    """Write every logged row to `metrics.jsonl`, with the rate of images since the last row.
+    """Write every logged row to `metrics.jsonl`, with the rate since the last row.
 
     Only process zero writes. The rate leaves out the time spent on held-out measurements, since it
     is about training.
 
     Args:
         path: File to write.
-        batch_size: Images in one update, of all processes together.
+        batch_size: Items in one update, of all processes together.
+        unit: What the items are called; the column of the rate is "<unit>_per_second".
         resume_step: Steps that a resumed run has done; rows of later steps are dropped and the
             file is continued. None starts a new file.
-        flops_per_image: Floating-point operations of one image's update, of all towers that run.
+        flops_per_item: Floating-point operations of one item's update, of all models that run.
         peak_flops: What the devices could do per second together; None (as on CPU) leaves out
             the column `mfu`.
         idle_seconds: Time so far that was not spent on training, such as `Measure.seconds`.
@@ -39,8 +40,9 @@ class MetricsFile(TrainerCallback):
         path: Path,
         *,
         batch_size: int,
+        unit: str = "images",
         resume_step: int | None = None,
-        flops_per_image: float | None = None,
+        flops_per_item: float | None = None,
         peak_flops: float | None = None,
         idle_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -49,11 +51,12 @@ class MetricsFile(TrainerCallback):
         self._was_opened = False
         self._batch_size = batch_size
         self._resume_step = resume_step
-        self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
+        self._column = f"{unit}_per_second"
+        self._flops_per_item, self._peak_flops = flops_per_item, peak_flops
         self._idle_seconds = idle_seconds
         self._last_step = resume_step or 0
         self._last_time = self._clock()
-        self.images_per_second: float | None = None
+        self.per_second: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -72,7 +75,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Append one row; a row of losses also gets `images_per_second` and, if known, `mfu`."""
+        """Append one row; a row of losses also gets the rate and, if known, `mfu`."""
         if not state.is_world_process_zero:
             return
         row: dict[str, Any] = {"step": state.global_step, **(logs or {})}
@@ -104,13 +107,13 @@ class MetricsFile(TrainerCallback):
 
     def _rate(self, step: int) -> dict[str, float]:
         now = self._clock()
-        images = (step - self._last_step) * self._batch_size
-        rate = images / max(now - self._last_time, 1e-9)
-        self._last_step, self._last_time, self.images_per_second = step, now, rate
-        if self._flops_per_image is None or self._peak_flops is None:
-            return {"images_per_second": rate}
-        mfu = rate * self._flops_per_image / self._peak_flops
-        return {"images_per_second": rate, "mfu": mfu}
+        items = (step - self._last_step) * self._batch_size
+        rate = items / max(now - self._last_time, 1e-9)
+        self._last_step, self._last_time, self.per_second = step, now, rate
+        if self._flops_per_item is None or self._peak_flops is None:
+            return {self._column: rate}
+        mfu = rate * self._flops_per_item / self._peak_flops
+        return {self._column: rate, "mfu": mfu}
 
     def _clock(self) -> float:
         return time.perf_counter() - self._idle_seconds()
@@ -144,24 +147,27 @@ def keep_rows(path: Path, *, up_to: int) -> None:
 
 
 class StopWhenDiverged(TrainerCallback):
-    """End the run with a clear line when a number is not finite or a kernel lost its meaning.
+    """End the run with a clear line when a number is not finite or lost its meaning.
 
     The check happens when a row is logged, so that no step waits for the device.
 
     Args:
-        check_kernel: Raises `TrainingDiverged` if a kernel constant left its range.
+        check: Raises `TrainingDiverged` if something else left its range, as a kernel constant.
+        remedy: What to change when a loss is not finite.
         explain: Returns which update and which images were the first to go wrong, if it is known.
         last_good: Returns the last checkpoint from before, if there is one.
     """
 
     def __init__(
         self,
-        check_kernel: Callable[[], None],
+        check: Callable[[], None] = lambda: None,
         *,
+        remedy: str,
         explain: Callable[[], str | None] = lambda: None,
         last_good: Callable[[], str | Path | None] = lambda: None,
     ) -> None:
-        self._check_kernel = check_kernel
+        self._check = check
+        self._remedy = remedy
         self._explain = explain
         self._last_good = last_good
 
@@ -191,12 +197,9 @@ class StopWhenDiverged(TrainerCallback):
         # A single term says more than the total it makes infinite.
         for name, value in sorted((logs or {}).items(), key=lambda item: item[0] == "loss"):
             if name.startswith(("loss", "heldout_")) and not math.isfinite(value):
-                raise self._error(
-                    f"{name} is {value} at step {state.global_step}.",
-                    "Lower optim.lr or objective.kernel_weight, or use runtime.precision=fp32.",
-                )
+                raise self._error(f"{name} is {value} at step {state.global_step}.", self._remedy)
         try:
-            self._check_kernel()
+            self._check()
         except TrainingDiverged as error:
             raise self._error(
                 f"at step {state.global_step} {error.problem}", error.remedy
@@ -210,15 +213,21 @@ class StopWhenDiverged(TrainerCallback):
         return TrainingDiverged(problem, remedy)
 
 
-class AlignmentProgress(TrainerCallback):
+class TrainingProgress(TrainerCallback):
     """A progress bar that shows the loss terms and the rate of the last logged row.
 
     Args:
-        images_per_second: Returns the rate, such as that of `MetricsFile`, if it is known.
+        verb: What is going on, in front of the bar.
+        rate: Returns the rate, such as that of `MetricsFile`, if it is known.
+        unit: Short name of what the rate counts.
     """
 
-    def __init__(self, images_per_second: Callable[[], float | None] = lambda: None) -> None:
-        self._images_per_second = images_per_second
+    def __init__(
+        self, verb: str, *, rate: Callable[[], float | None] = lambda: None, unit: str = "img"
+    ) -> None:
+        self._verb = verb
+        self._rate = rate
+        self._unit = unit
         self._bar: Any = None
 
     def on_train_begin(
@@ -230,7 +239,7 @@ class AlignmentProgress(TrainerCallback):
                 total=state.max_steps,
                 # Not part of the rate, which is of this session only.
                 initial=state.global_step,
-                desc="align (resumed)" if state.global_step else "align",
+                desc=f"{self._verb} (resumed)" if state.global_step else self._verb,
                 unit="step",
                 dynamic_ncols=True,
             )
@@ -250,14 +259,12 @@ class AlignmentProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Show the loss terms and the images per second."""
-        shown = {
-            name.removeprefix("loss_"): f"{value:.3g}"
-            for name, value in (logs or {}).items()
-            if name.startswith("loss_")
-        }
-        if shown and (rate := self._images_per_second()) is not None:
-            shown["img/s"] = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+        """Show the terms of the loss, or the loss where it has none, and the rate."""
+        losses = {name: v for name, v in (logs or {}).items() if name.startswith("loss")}
+        terms = {name: v for name, v in losses.items() if name != "loss"} or losses
+        shown = {name.removeprefix("loss_"): f"{value:.3g}" for name, value in terms.items()}
+        if shown and (rate := self._rate()) is not None:
+            shown[f"{self._unit}/s"] = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
         if shown and self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
 

@@ -14,8 +14,11 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from kuea_mllm.alignment.assemble import require_trackers
-from kuea_mllm.alignment.checkpoints import (
+from kuea_mllm.alignment.identity import identify_run, is_free_key
+from kuea_mllm.config.align import AlignRecipe
+from kuea_mllm.config.recipes import load_recipe, recipe_to_yaml
+from kuea_mllm.errors import EnvironmentFailure, OutputError, RecipeError, UserError
+from kuea_mllm.training.checkpoints import (
     CheckpointStore,
     Snapshot,
     first_not_finite,
@@ -23,17 +26,15 @@ from kuea_mllm.alignment.checkpoints import (
     latest_checkpoint,
     read_state,
 )
-from kuea_mllm.alignment.interruption import Interruption, SaveCheckpoints
-from kuea_mllm.alignment.run_directory import (
+from kuea_mllm.training.interruption import Interruption, SaveCheckpoints
+from kuea_mllm.training.run_directory import (
     LOCK,
     compare_recipes,
     open_run,
     require_startable,
     unfinished_path,
 )
-from kuea_mllm.config.align import AlignRecipe
-from kuea_mllm.config.recipes import load_recipe, recipe_to_yaml
-from kuea_mllm.errors import EnvironmentFailure, OutputError, RecipeError, UserError
+from kuea_mllm.training.trackers import require_trackers
 
 
 def snapshot(step, size=3):
@@ -97,7 +98,7 @@ def test_failed_save_leaves_the_good_one_and_says_so_once(store, monkeypatch):
     def no_space(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("kuea_mllm.alignment.checkpoints.torch.save", no_space)
+    monkeypatch.setattr("kuea_mllm.training.checkpoints.torch.save", no_space)
     store.save(snapshot(2))
     with pytest.raises(EnvironmentFailure, match=r"no space left .*checkpoint-2\.\n.*checkpoint-1"):
         store.wait()
@@ -187,7 +188,7 @@ def test_keys_that_cannot_change_the_result_may_change():
         "runtime__measure_every": 7,
         "student__model": "elsewhere/s",
     }
-    changed = compare_recipes(recipe(), recipe(**changes))
+    changed = compared(recipe(), recipe(**changes))
     assert changed["data.workers"] == (0, 3)
     assert {name.replace("__", ".") for name in changes} >= {
         key.removesuffix(".0") for key in changed
@@ -206,13 +207,17 @@ def test_keys_that_cannot_change_the_result_may_change():
 )
 def test_first_key_that_changes_the_result_is_named(key, value):
     with pytest.raises(RecipeError, match=rf"key '{key}' is {value!r}"):
-        compare_recipes(recipe(), recipe(**{key: value}))
+        compared(recipe(), recipe(**{key: value}))
 
 
 def test_measuring_more_often_matters_to_early_stopping_only():
     changes = {"monitor__early_stop__patience": 2}
     with pytest.raises(RecipeError, match=r"runtime\.measure_every"):
-        compare_recipes(recipe(**changes), recipe(**changes, runtime__measure_every=7))
+        compared(recipe(**changes), recipe(**changes, runtime__measure_every=7))
+
+
+def compared(old, new):
+    return compare_recipes(old, new, lambda key: is_free_key(key, new))
 
 
 def inputs_of(recipe):
@@ -224,12 +229,15 @@ def opened(tmp_path, monkeypatch):
     """Open a run whose inputs are as stated."""
     fingerprints = {"student": "sha256:s"}
     monkeypatch.setattr(
-        "kuea_mllm.alignment.run_directory._input_fingerprints", lambda _: dict(fingerprints)
+        "kuea_mllm.alignment.identity._input_fingerprints", lambda _: dict(fingerprints)
     )
 
     def open_(*, resume=False, restart=False, **changes):
         return open_run(
-            tmp_path / "new" / "out", inputs_of(recipe(**changes)), resume=resume, restart=restart
+            tmp_path / "new" / "out",
+            identify_run(inputs_of(recipe(**changes))),
+            resume=resume,
+            restart=restart,
         )
 
     open_.fingerprints = fingerprints
@@ -263,8 +271,8 @@ def test_run_that_failed_before_a_checkpoint_leaves_nothing(opened, tmp_path):
 def test_run_that_failed_later_is_kept_and_resumed(opened):
     crash_after(opened, 7)
     with pytest.raises(OutputError, match=r"saved at step 7 of 90.*\n.*--resume.*--restart"):
-        require_startable(opened.out, resume=False, restart=False)
-    require_startable(opened.out, resume=True, restart=False)
+        require_startable(opened.out, kind="alignment", resume=False, restart=False)
+    require_startable(opened.out, kind="alignment", resume=True, restart=False)
     with opened(resume=True) as run:
         assert run.start_step == 7
         assert run.state["mark"] == 7
@@ -289,7 +297,7 @@ def test_resume_without_a_checkpoint_starts_over(opened):
 
 def test_resume_with_nothing_there_is_refused(opened):
     with pytest.raises(OutputError, match="no unfinished run to resume"):
-        require_startable(opened.out, resume=True, restart=False)
+        require_startable(opened.out, kind="alignment", resume=True, restart=False)
 
 
 def test_other_inputs_are_refused_and_the_run_is_kept(opened):
@@ -314,7 +322,7 @@ def test_second_process_is_refused_while_the_first_lives(opened):
             with pytest.raises(OutputError, match="another process"), opened(**options):
                 pass
         with pytest.raises(OutputError, match="another process"):
-            require_startable(opened.out, resume=False, restart=False)
+            require_startable(opened.out, kind="alignment", resume=False, restart=False)
     with opened(resume=True) as run:
         assert run.start_step == 7
 
@@ -371,7 +379,7 @@ def test_signal_of_another_process_stops_this_one_at_an_agreed_step():
 
 
 def test_missing_tracker_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setattr("kuea_mllm.alignment.assemble.find_spec", lambda name: None)
+    monkeypatch.setattr("kuea_mllm.training.trackers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tensorboard, .*\n.*kuea-mllm\[tensorboard\]"):
         require_trackers(["tensorboard"])
 
