@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -276,6 +276,7 @@ class MLLMPartsImporter(Protocol):
         activation: str | None,
         heads: int | None,
         command: str | None,
+        accept: Collection[str] = (),
     ) -> None:
         """Write a complete model directory from the parts of a release.
 
@@ -288,6 +289,7 @@ class MLLMPartsImporter(Protocol):
             activation: The tower's, where its files do not state it.
             heads: Likewise.
             command: Command line to record.
+            accept: Differences from the release that are meant; each adapter names its own.
 
         Raises:
             UserError: If a part is missing, incomplete or does not fit the others, or `destination`
@@ -534,5 +536,36 @@ class FewShotRuntime(Protocol):
 
         Raises:
             UserError: If a prompt does not fit its images or the context.
+        """
+        ...
+
+
+@runtime_checkable
+class LoraConverter(Protocol):
+    """What an adapter may provide on top: LoRA weights in its model's released layout, and back."""
+
+    def import_lora(self, source: Path, destination: Path, *, command: str | None) -> None:
+        """Write released LoRA weights as a PEFT directory for the Hugging Face form.
+
+        Args:
+            source: Directory in the authors' layout; left as it is.
+            destination: Directory to create.
+            command: Command line to record.
+
+        Raises:
+            UserError: If the source is incomplete or of another layout, or `destination` exists.
+        """
+        ...
+
+    def export_lora(self, source: Path, destination: Path, *, tower: str | None) -> None:
+        """Write LoRA weights as the authors' code saves them; the inverse of the import.
+
+        Args:
+            source: PEFT directory.
+            destination: Directory to create.
+            tower: What the authors' configuration shall name as vision tower, where nothing says.
+
+        Raises:
+            UserError: If the layout has no place for something, or `destination` exists.
         """
         ...

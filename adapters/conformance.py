@@ -3,6 +3,8 @@
 from kuea_mllm.adapters.conformance import problems_of
 assert problems_of(MyAdapter(), tiny_base) == []
 
+An adapter that tunes its model as well is checked by `tuner_problems_of`, in the same way.
+
 Whether a swap on files and one in memory agree is checked one level up, by
 `kuea_mllm.swapping.verify` and the tests of swapping; here the tower's bytes are exchanged by hand.
 """
@@ -25,11 +27,14 @@ from kuea_mllm.adapters.base import (
     TowerSlot,
 )
 from kuea_mllm.adapters.registry import read_model_config
+from kuea_mllm.adapters.tuner_conformance import tuner_problems_of
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import TensorEntry, tensor_entries
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = ["problems_of", "tuner_problems_of"]
 
 _VISION_KEYS = (
     "hidden_size",

@@ -29,7 +29,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -330,7 +330,7 @@ def _hardware(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=list(CONFIGS))
@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="memory instead of speed")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.size = options.size or ("3b" if options.memory else "tiny")
     options.dtype = options.dtype or ("bfloat16" if options.memory else "float32")
     measure = measure_memory if options.memory else measure_speed

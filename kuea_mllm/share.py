@@ -1,4 +1,4 @@
-"""Uploads a finished tower or model to the Hugging Face Hub, after making sure that it is one.
+"""Uploads a finished tower, model or LoRA weights to the Hugging Face Hub, after checking them.
 
 Every check of the directory comes before the first byte leaves the machine: it is complete, its
 tower is the one that its record names, its card says where it comes from and under which licence,
@@ -41,10 +41,10 @@ def push_directory(
     dry_run: bool = False,
     base_model: str | None = None,
 ) -> str:
-    """Upload a directory that `align`, `convert` or `swap` wrote, and return its address.
+    """Upload a directory that `align`, `lora`, `convert`, `swap` or `merge` wrote.
 
     Args:
-        directory: Directory of a tower or of a model; it is not changed.
+        directory: Directory of a tower, a model or LoRA weights; it is not changed.
         repo_id: "owner/name"; created if it does not exist.
         private: Make a new repository private; refuse one that is public already.
         revision: Branch to upload to, created if it does not exist; the main branch if absent.
@@ -113,10 +113,16 @@ def push_upload(
             folder_path=folder,
             repo_type="model",
             revision=revision,
-            commit_message=message
-            or f"Upload {upload.kind} with vision tower {upload.fingerprint[:12]}",
+            commit_message=message or _default_message(upload),
         )
     return url
+
+
+def _default_message(upload: Upload) -> str:
+    tower = f"vision tower {upload.fingerprint[:12]}"
+    if upload.kind != "lora":
+        return f"Upload {upload.kind} with {tower}"
+    return f"Upload LoRA weights for a base with {tower if upload.fingerprint else 'its tower'}"
 
 
 def _prepare_repository(

@@ -11,13 +11,14 @@ from typing import Any
 
 from kuea_mllm.errors import UserError
 from kuea_mllm.io import read_json
-from kuea_mllm.model_card import is_machine_path, public_record, read_front_matter
+from kuea_mllm.model_card import base_id, is_machine_path, public_record, read_front_matter
 from kuea_mllm.model_files import check_complete, is_weight_file, tensor_entries, weight_files
 
-KINDS = ("tower", "mllm")
+KINDS = ("tower", "mllm", "lora")
 
 CARD_FILE = "README.md"
 _RECORD = "kuea.json"
+_LORA_CONFIG = "adapter_config.json"
 _INDEX_SUFFIX = ".index.json"
 _UNFINISHED = (".unfinished", ".diverged")
 _LEFT_HERE = (".partial", ".incomplete", ".tmp", ".lock", ".log", ".pyc")
@@ -35,8 +36,9 @@ class Upload:
 
     Attributes:
         directory: The directory; it is not changed.
-        kind: "tower" or "mllm".
-        fingerprint: Of the vision tower, as computed from the weights just now.
+        kind: "tower", "mllm" or "lora".
+        fingerprint: Of the vision tower, as computed from the weights just now; of LoRA weights,
+            of the tower that their record says they belong to, "" if it does not.
         files: What is uploaded: name in the repository -> file, or the content that takes the
             place of a file which names paths of this machine.
     """
@@ -64,7 +66,7 @@ def check_upload(directory: Path, *, base_model: str | None = None) -> Upload:
     """Make sure that a directory is fit to be shared; reads its weights, writes nothing.
 
     Args:
-        directory: Directory of a tower or of a model.
+        directory: Directory of a tower, of a model or of LoRA weights.
         base_model: Hub id of the base, for a card that does not name it.
 
     Raises:
@@ -83,7 +85,10 @@ def check_upload(directory: Path, *, base_model: str | None = None) -> Upload:
                 f"file {path} is no part of the weights that are loaded and were checked.",
                 "It may hold another tower; move it out of the directory.",
             )
-        files[name] = _public_content(name, path)
+        is_lora_config = record["kind"] == "lora" and name == _LORA_CONFIG
+        files[name] = (
+            _named_base(path, record, base_model) if is_lora_config else _public_content(name, path)
+        )
     files[CARD_FILE] = card
     return Upload(directory, record["kind"], fingerprint, files)
 
@@ -100,15 +105,15 @@ def _read_record(directory: Path) -> dict[str, Any]:
     if not (directory / _RECORD).is_file():
         raise UserError(
             f"directory {directory} has no {_RECORD}.",
-            "Only what `kuea-mllm align`, `convert` or `swap` wrote is uploaded; for other "
-            "directories use `hf upload`.",
+            "Only what `kuea-mllm align`, `lora`, `convert`, `swap` or `merge` wrote is uploaded; "
+            "for other directories use `hf upload`.",
         )
     record = read_json(directory / _RECORD)
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind not in KINDS:
         raise UserError(
-            f"file {directory / _RECORD} is of kind {kind!r}; only {' and '.join(KINDS)} are "
-            "uploaded."
+            f"file {directory / _RECORD} is of kind {kind!r}; only {', '.join(KINDS[:-1])} and "
+            f"{KINDS[-1]} are uploaded."
         )
     return dict(record)
 
@@ -119,6 +124,11 @@ def _require_complete(directory: Path, kind: str) -> list[str]:
 
     if kind == "tower" and is_open_clip_repository(directory):
         return [name for name in OPEN_CLIP_WEIGHTS if (directory / name).is_file()]
+    if kind == "lora":
+        from kuea_mllm.adapters.lora_directory import WEIGHTS_FILE, read_lora_directory
+
+        read_lora_directory(directory)
+        return [WEIGHTS_FILE]
     # Reads every shard's header, and so notices one that is cut short.
     tensor_entries(directory)
     if kind == "mllm":
@@ -141,6 +151,8 @@ def _require_recorded_tower(directory: Path, record: Mapping[str, Any]) -> str:
                 f"`kuea-mllm verify {directory}` shows all that was found.",
             )
         return verification.fingerprint
+    if record["kind"] == "lora":
+        return _require_recorded_lora(directory, record)
     from kuea_mllm.towers.load import load_tower
 
     fingerprint = load_tower(directory).fingerprint
@@ -151,6 +163,19 @@ def _require_recorded_tower(directory: Path, record: Mapping[str, Any]) -> str:
             "Its weights were changed after it was written; write it again.",
         )
     return fingerprint
+
+
+def _require_recorded_lora(directory: Path, record: Mapping[str, Any]) -> str:
+    from kuea_mllm.adapters.lora_directory import describe_tensors, read_lora_directory
+
+    if describe_tensors(read_lora_directory(directory).tensors) != record.get("tensors"):
+        raise UserError(
+            f"{directory} holds other tensors than its {_RECORD} records.",
+            "Its weights were changed after it was written; write it again.",
+        )
+    base = record.get("base")
+    found = base.get("vision_tower") if isinstance(base, Mapping) else None
+    return found if isinstance(found, str) else ""
 
 
 def _checked_card(directory: Path, base_model: str | None) -> Path | str:
@@ -219,6 +244,17 @@ def _public_content(name: str, path: Path) -> Path | str:
     if public == content:
         return path
     return json.dumps(public, indent=2, ensure_ascii=False) + "\n"
+
+
+def _named_base(path: Path, record: Mapping[str, Any], base_model: str | None) -> Path | str:
+    """Return the configuration of LoRA weights with the base as others find it."""
+    content, base = read_json(path), record.get("base")
+    known = base_model or (base_id(base) if isinstance(base, Mapping) else None)
+    if known is None or content.get("base_model_name_or_path") == known:
+        # Whatever is not a path of this machine may stay.
+        return _public_content(path.name, path)
+    content["base_model_name_or_path"] = known
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _without_origin(content: Any) -> Any:

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kuea_mllm.adapters.base import MLLMRuntime, TowerSlot
+from kuea_mllm.adapters.base import MLLMRuntime, TowerSlot, TuningFormat, TuningParts
 from kuea_mllm.adapters.projector import projector_width
 from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import channel_values, check_complete, image_settings
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # Written by the original LLaVA code; transformers would read such a file with its own defaults.
 _ORIGINAL_LAYOUT = "mm_vision_tower"
@@ -84,6 +84,61 @@ class HFVLMAdapter:
         from kuea_mllm.adapters.hf_vlm.runtime import HFVLMRuntime
 
         return HFVLMRuntime.load(model_dir, dtype=dtype, device=device)
+
+    def tuning_parts(self, base: Path) -> TuningParts:
+        """Return where the parts of a VLM are, as transformers builds it.
+
+        Raises:
+            UserError: If they do not lie beside each other.
+        """
+        self._inspect(base)
+        from kuea_mllm.adapters.hf_vlm import tuner
+
+        return tuner.tuning_parts(base)
+
+    def tuning_format(self, base: Path, *, max_length: int) -> TuningFormat:
+        """Return how samples are read, by the model's own chat template and processor.
+
+        Raises:
+            UserError: If there is no chat template or it does not show what is an answer, or if
+                images take a varying number of tokens.
+        """
+        self._inspect(base)
+        from kuea_mllm.adapters.hf_vlm import tuner
+
+        return tuner.tuning_format(base, max_length=max_length)
+
+    def build_empty(self, base: Path) -> nn.Module:
+        """Return the model of a directory on the meta device."""
+        self._inspect(base)
+        from kuea_mllm.adapters.hf_vlm import tuner
+
+        return tuner.build_empty(base)
+
+    def load_for_tuning(
+        self, base: Path, *, dtype: str, device: str, quantization: object | None = None
+    ) -> nn.Module:
+        """Load a VLM directory to be tuned.
+
+        Raises:
+            UserError: If the directory, the dtype or the device is not usable.
+        """
+        self.check_base(base)
+        from kuea_mllm.adapters.hf_vlm import tuner
+
+        return tuner.load_for_tuning(base, dtype=dtype, device=device, quantization=quantization)
+
+    def hidden_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the output layer reads, (rows, tokens, width)."""
+        from kuea_mllm.adapters.hf_vlm import tuner
+
+        return tuner.hidden_states(model, batch)
+
+    def image_features(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        """Return what the language model gets of images, (images, tokens, width)."""
+        from kuea_mllm.adapters.hf_vlm import tuner
+
+        return tuner.image_features(model, pixel_values)
 
     def _inspect(self, base: Path) -> Any:
         config = read_model_config(base)

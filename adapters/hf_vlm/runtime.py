@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kuea_mllm.adapters.base import ChatRequest
-from kuea_mllm.adapters.hf_vlm.structure import find_tower, model_class, read_config
+from kuea_mllm.adapters.generation import check_generation_options
+from kuea_mllm.adapters.hf_vlm.structure import conversing_class, find_tower
 from kuea_mllm.adapters.images import as_plain_rgb
 from kuea_mllm.adapters.loading import failures_named, load_model, resolve_device, resolve_dtype
-from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import EnvironmentFailure, UserError
 
 _RESTORE = "Restore chat_template.jinja and processor_config.json from the base model."
@@ -61,18 +61,9 @@ class HFVLMRuntime:
             UserError: If the directory, the dtype or the device is not usable, or if the model
                 cannot be asked by chat template.
         """
-        from transformers import AutoProcessor, GenerationMixin
+        from transformers import AutoProcessor
 
-        raw = read_model_config(model_dir)
-        where = str(Path(model_dir) / "config.json")
-        config = read_config(raw, where)
-        loader = model_class(config, raw.get("architectures"), where)
-        # Encoder-decoder models take their question in another way, which is not tried here.
-        if not issubclass(loader, GenerationMixin) or config.is_encoder_decoder:
-            raise UserError(
-                f"{model_dir} is a {loader.__name__}, which does not continue a conversation.",
-                "Its tower can be swapped and verified; answers need an adapter of its own.",
-            )
+        loader, _ = conversing_class(model_dir)
         torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
         with failures_named(model_dir, torch_device):
             # The quick part first: what is wrong with it is then found in a second.
@@ -80,7 +71,7 @@ class HFVLMRuntime:
             processor = processors.from_pretrained(
                 model_dir, local_files_only=True, trust_remote_code=False
             )
-            _require_chat(processor, str(model_dir))
+            require_chat(processor, str(model_dir))
             model = load_model(loader, model_dir, dtype=torch_dtype, device=torch_device)
         return cls(model, processor, str(model_dir))
 
@@ -118,7 +109,7 @@ class HFVLMRuntime:
             UserError: If an option is out of range, or the model cannot take a question.
             EnvironmentFailure: If the device runs out of memory.
         """
-        _check_options(max_new_tokens, num_beams, temperature, top_p)
+        check_generation_options(max_new_tokens, num_beams, temperature, top_p)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
         options["do_sample"] = temperature > 0
         if temperature > 0:
@@ -229,7 +220,12 @@ class HFVLMRuntime:
         return sorted(never - set(self._ends))
 
 
-def _require_chat(processor: Any, where: str) -> None:
+def require_chat(processor: Any, where: str) -> None:
+    """Make sure that a processor takes images, and that there is a chat template.
+
+    Raises:
+        UserError: Naming what is missing.
+    """
     if getattr(processor, "image_processor", None) is None or not hasattr(processor, "tokenizer"):
         raise UserError(
             f"{where} has no processor that takes images and text.",
@@ -250,19 +246,6 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     ends = stored if isinstance(stored, list) else [stored]
     found = dict.fromkeys(token for token in [*ends, tokenizer.eos_token_id] if token is not None)
     return list(found)
-
-
-def _check_options(
-    max_new_tokens: int, num_beams: int, temperature: float, top_p: float | None
-) -> None:
-    if max_new_tokens < 1 or num_beams < 1:
-        raise UserError(
-            f"max_new_tokens ({max_new_tokens}) and num_beams ({num_beams}) must be at least 1."
-        )
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; 0 decodes greedily, above 0 samples.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1.")
 
 
 def _until(row: list[int], ends: Sequence[int]) -> list[int]:

@@ -7,18 +7,20 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import CLIPVisionModel, GenerationMixin, PreTrainedModel, SiglipVisionModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from kuea_mllm.adapters.base import Tap
 from kuea_mllm.adapters.hf_vlm.readers import READERS, Reader
 from kuea_mllm.adapters.projector import ProjectorInput
+from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
 
 LOGGER = logging.getLogger("kuea_mllm")
@@ -135,6 +137,25 @@ def model_class(config: Any, architectures: object, where: str) -> Any:
         f"{transformers.__version__} does not have.",
         _OWN_CODE,
     )
+
+
+def conversing_class(model_dir: Path) -> tuple[Any, Any]:
+    """Return the class that a directory is loaded with, and its configuration.
+
+    Raises:
+        UserError: If it is not one that continues a conversation.
+    """
+    raw = read_model_config(model_dir)
+    where = str(Path(model_dir) / "config.json")
+    config = read_config(raw, where)
+    loader = model_class(config, raw.get("architectures"), where)
+    # Encoder-decoder models take their question in another way, which is not tried here.
+    if not issubclass(loader, GenerationMixin) or config.is_encoder_decoder:
+        raise UserError(
+            f"{model_dir} is a {loader.__name__}, which does not continue a conversation.",
+            "Its tower can be swapped and verified; answers need an adapter of its own.",
+        )
+    return loader, config
 
 
 def read_config(raw: Mapping[str, object], where: str) -> Any:

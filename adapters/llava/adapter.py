@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kuea_mllm.adapters.base import MLLMRuntime, Tap, TowerSlot
+from kuea_mllm.adapters.base import MLLMRuntime, Tap, TowerSlot, TuningFormat, TuningParts
 from kuea_mllm.adapters.llava.original import check_original, is_original, original_slot
 from kuea_mllm.adapters.llava.reading import find_reading_problems
 from kuea_mllm.adapters.projector import ProjectorInput, projector_width
@@ -16,7 +16,7 @@ from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import channel_values, check_complete, image_settings
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # transformers' name of the tower's configuration -> our family.
 _FAMILIES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
@@ -118,6 +118,80 @@ class LlavaAdapter:
         from kuea_mllm.adapters.llava.runtime import LlavaRuntime
 
         return LlavaRuntime.load(model_dir, dtype=dtype, device=device)
+
+    def tuning_parts(self, base: Path) -> TuningParts:
+        """Return where the parts are that tuning trains or leaves alone.
+
+        Raises:
+            UserError: If configuration and tokenizer do not say which rows stand for tokens.
+        """
+        from kuea_mllm.adapters.llava import tuner
+
+        return tuner.tuning_parts(base)
+
+    def tuning_format(self, base: Path, *, max_length: int) -> TuningFormat:
+        """Return LLaVA-1.5's conversation format and image preprocessing.
+
+        Raises:
+            UserError: If tokenizer or processor are missing or follow another format.
+        """
+        from kuea_mllm.adapters.llava import tuner
+
+        return tuner.tuning_format(base, max_length=max_length)
+
+    def build_empty(self, base: Path) -> nn.Module:
+        """Return the `LlavaForConditionalGeneration` of a directory on the meta device."""
+        from kuea_mllm.adapters.llava import tuner
+
+        return tuner.build_empty(base)
+
+    def load_for_tuning(
+        self, base: Path, *, dtype: str, device: str, quantization: object | None = None
+    ) -> nn.Module:
+        """Load a LLaVA directory to be tuned.
+
+        Raises:
+            UserError: If the directory, the dtype or the device is not usable.
+        """
+        # `check_base` also takes the authors' layout, which transformers would misread.
+        _read_config(base)
+        self.check_base(base)
+        self.tower_slot(base)
+        from kuea_mllm.adapters.llava import tuner
+
+        return tuner.load_for_tuning(base, dtype=dtype, device=device, quantization=quantization)
+
+    def hidden_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the output layer reads, (rows, tokens, width)."""
+        from kuea_mllm.adapters.llava import tuner
+
+        return tuner.hidden_states(model, batch)
+
+    def image_features(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        """Return what the language model gets of images, (images, tokens, width)."""
+        from kuea_mllm.adapters.llava import tuner
+
+        return tuner.image_features(model, pixel_values)
+
+    def import_lora(self, source: Path, destination: Path, *, command: str | None) -> None:
+        """Write LoRA weights in the authors' layout as a PEFT directory.
+
+        Raises:
+            UserError: If the source is incomplete or of another layout, or `destination` exists.
+        """
+        from kuea_mllm.adapters.llava.original_lora import import_lora
+
+        import_lora(source, destination, command=command)
+
+    def export_lora(self, source: Path, destination: Path, *, tower: str | None) -> None:
+        """Write LoRA weights as the authors' code saves them.
+
+        Raises:
+            UserError: If the layout has no place for something, or `destination` exists.
+        """
+        from kuea_mllm.adapters.llava.original_lora import export_lora
+
+        export_lora(source, destination, tower=tower)
 
 
 def resolve_config(model_dir: Path) -> Any:

@@ -8,9 +8,12 @@ values by up to 3.8 (fact sheet, section 2).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kuea_mllm.adapters.images import as_plain_rgb
+from kuea_mllm.errors import UserError
+from kuea_mllm.model_files import channel_values, image_settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,3 +58,20 @@ class PaddedImages:
         rgb = [as_plain_rgb(image) for image in images]
         values: Tensor = self._processor(rgb, return_tensors="pt")["pixel_values"]
         return values
+
+
+def padded_images(model_dir: Path, image_size: int) -> PaddedImages:
+    """Make the preprocessing of a model directory.
+
+    Raises:
+        UserError: If its processor configuration has no mean and deviation.
+    """
+    settings = image_settings(model_dir)
+    mean = channel_values(settings, "image_mean", model_dir)
+    std = channel_values(settings, "image_std", model_dir)
+    if mean is None or std is None:
+        raise UserError(
+            f"the processor configuration of {model_dir} has no image_mean and image_std.",
+            "Restore preprocessor_config.json from the base model.",
+        )
+    return PaddedImages(image_size, mean, std)

@@ -87,7 +87,8 @@ def check_original(base: Path) -> None:
     if (base / "adapter_config.json").is_file() or (base / "non_lora_trainables.bin").is_file():
         raise UserError(
             f"{base} holds LoRA weights of LLaVA, not a whole model.",
-            "Merge them into their base first (scripts/merge_lora_weights.py of the LLaVA code).",
+            "Convert them (`kuea-mllm convert DIR NEW --mllm llava`), then `kuea-mllm merge` them "
+            "into the converted base.",
         )
     has_weights = any(base.glob("*.safetensors")) or any(base.glob("pytorch_model*"))
     if (base / "mm_projector.bin").is_file() and not has_weights:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from kuea_mllm.adapters.base import ChatRequest
+from kuea_mllm.adapters.generation import check_generation_options
 from kuea_mllm.adapters.llava.adapter import resolve_config
-from kuea_mllm.adapters.llava.images import PaddedImages
+from kuea_mllm.adapters.llava.images import PaddedImages, padded_images
 from kuea_mllm.adapters.llava.loading import load_model_and_tokenizer
 from kuea_mllm.adapters.llava.prompt import build_prompt, check_tokenizer, tokenize_prompt
 from kuea_mllm.errors import EnvironmentFailure, UserError
-from kuea_mllm.model_files import channel_values, image_settings
 
 LOGGER = logging.getLogger("kuea_mllm")
 
@@ -52,16 +52,8 @@ class LlavaRuntime:
             UserError: If the directory, the dtype or the device is not usable.
         """
         config = resolve_config(model_dir)
-        settings = image_settings(model_dir)
-        mean = channel_values(settings, "image_mean", model_dir)
-        std = channel_values(settings, "image_std", model_dir)
-        if mean is None or std is None:
-            raise UserError(
-                f"the processor configuration of {model_dir} has no image_mean and image_std.",
-                "Restore preprocessor_config.json from the base model.",
-            )
+        images = padded_images(model_dir, config.vision_config.image_size)
         model, tokenizer = load_model_and_tokenizer(model_dir, dtype=dtype, device=device)
-        images = PaddedImages(config.vision_config.image_size, mean, std)
         return cls(model, tokenizer, images, str(model_dir))
 
     def generate(
@@ -98,7 +90,7 @@ class LlavaRuntime:
             UserError: If an option is out of range.
             EnvironmentFailure: If the device runs out of memory.
         """
-        _check_options(max_new_tokens, num_beams, temperature, top_p)
+        check_generation_options(max_new_tokens, num_beams, temperature, top_p)
         if not requests:
             return []
         inputs = self.prepare(requests)
@@ -230,19 +222,6 @@ def _padding_token(tokenizer: Any, config: Any, where: str) -> int:
         f"neither the tokenizer nor the configuration in {where} names a padding token.",
         'Set "pad_token" in tokenizer_config.json; LLaVA-1.5 uses "<unk>" or "<pad>".',
     )
-
-
-def _check_options(
-    max_new_tokens: int, num_beams: int, temperature: float, top_p: float | None
-) -> None:
-    if max_new_tokens < 1 or num_beams < 1:
-        raise UserError(
-            f"max_new_tokens ({max_new_tokens}) and num_beams ({num_beams}) must be at least 1."
-        )
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; 0 decodes greedily, above 0 samples.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1.")
 
 
 def _until(row: list[int], end: int) -> list[int]:

@@ -13,13 +13,19 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from kuea_mllm.adapters.llava.prompt import IMAGE_TAG, SYSTEM, TURN_END, check_tokenizer
-from kuea_mllm.errors import DataError, EnvironmentFailure, UserError
+from kuea_mllm.adapters.turns import IGNORED, IMAGE_PLACEHOLDER, alternating_turns
+from kuea_mllm.errors import EnvironmentFailure, UserError
 
-IMAGE_PLACEHOLDER = -200
-IGNORED = -100
+__all__ = [
+    "IGNORED",
+    "IMAGE_PLACEHOLDER",
+    "EncodedConversation",
+    "LlavaConversations",
+    "build_conversation",
+    "encode_conversation",
+]
 
 _ROLES = ("USER", "ASSISTANT")
-_SPEAKERS = ("human", "gpt")
 _ANSWER_BEGINS = f" {_ROLES[1]}: "
 # What "ASSISTANT: " without an answer takes, which counting leaves to the answer.
 _ANSWER_MARGIN = 2
@@ -159,18 +165,9 @@ def build_conversation(record: Mapping[str, Any]) -> str:
     Raises:
         DataError: If the turns do not alternate, or someone unknown speaks; names the record.
     """
-    turns = record["conversations"]
-    if turns and turns[0]["from"] != _SPEAKERS[0]:
-        turns = turns[1:]
     prompt = f"{SYSTEM} "
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate(alternating_turns(record)):
         side = number % 2
-        if turn["from"] != _SPEAKERS[side]:
-            raise DataError(
-                f"record {record.get('id')!r}: turn {number + 1} is from {turn['from']!r}, where "
-                f"{_SPEAKERS[side]!r} has to speak.",
-                "Find all such records with `kuea-mllm doctor --data FILE`.",
-            )
         text = turn["value"]
         if record.get("image") is not None and IMAGE_TAG in text:
             text = f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()

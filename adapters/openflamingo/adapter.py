@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kuea_mllm.adapters.base import MLLMRuntime, Tap, TowerSlot
+from kuea_mllm.adapters.base import MLLMRuntime, Tap, TowerSlot, TuningFormat, TuningParts
 from kuea_mllm.adapters.projector import ProjectorInput, projector_width
 from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import channel_values, check_complete, image_settings
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 MODEL_TYPE = "openflamingo"
 TOWER_MODULE = "model.vision_tower"
@@ -113,6 +113,7 @@ class OpenFlamingoAdapter:
         activation: str | None,
         heads: int | None,
         command: str | None,
+        accept: Collection[str] = (),
     ) -> None:
         """Write the Hugging Face form of a released OpenFlamingo whose parts may lie apart.
 
@@ -125,6 +126,8 @@ class OpenFlamingoAdapter:
             activation: The tower's, where its files do not state it.
             heads: Likewise.
             command: Command line to record.
+            accept: What may differ from the release: "embedding" and "tower", see
+                `convert.import_released`.
 
         Raises:
             UserError: If a part is missing or does not fit the others, or `destination` exists.
@@ -149,6 +152,7 @@ class OpenFlamingoAdapter:
             tokenizer=tokenizer,
             activation=activation,
             heads=heads,
+            accept=accept,
             command=command,
         )
 
@@ -174,6 +178,58 @@ class OpenFlamingoAdapter:
         from kuea_mllm.adapters.openflamingo.runtime import OpenFlamingoRuntime
 
         return OpenFlamingoRuntime.load(model_dir, dtype=dtype, device=device)
+
+    def tuning_parts(self, base: Path) -> TuningParts:
+        """Return where the parts are; LoRA goes into the language model's own layers alone.
+
+        Raises:
+            UserError: If tokenizer and configuration do not belong together.
+        """
+        from kuea_mllm.adapters.openflamingo import tuner
+
+        return tuner.tuning_parts(base)
+
+    def tuning_format(self, base: Path, *, max_length: int) -> TuningFormat:
+        """Return the format of visual questions and the model's image preprocessing.
+
+        Raises:
+            UserError: If the processor is missing, or samples would exceed the model's context.
+        """
+        from kuea_mllm.adapters.openflamingo import tuner
+
+        return tuner.tuning_format(base, max_length=max_length)
+
+    def build_empty(self, base: Path) -> nn.Module:
+        """Return the `OpenFlamingoForConditionalGeneration` of a directory on the meta device."""
+        from kuea_mllm.adapters.openflamingo import tuner
+
+        return tuner.build_empty(base)
+
+    def load_for_tuning(
+        self, base: Path, *, dtype: str, device: str, quantization: object | None = None
+    ) -> nn.Module:
+        """Load an OpenFlamingo directory to be tuned.
+
+        Raises:
+            UserError: If the directory, the dtype or the device is not usable.
+        """
+        self.check_base(base)
+        self.tower_slot(base)
+        from kuea_mllm.adapters.openflamingo import tuner
+
+        return tuner.load_for_tuning(base, dtype=dtype, device=device, quantization=quantization)
+
+    def hidden_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the output layer reads, (rows, tokens, width)."""
+        from kuea_mllm.adapters.openflamingo import tuner
+
+        return tuner.hidden_states(model, batch)
+
+    def image_features(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        """Return the latents that the text attends to, (images, latents, width)."""
+        from kuea_mllm.adapters.openflamingo import tuner
+
+        return tuner.image_features(model, pixel_values)
 
 
 def resolve_config(model_dir: Path) -> Any:

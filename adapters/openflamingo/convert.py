@@ -2,21 +2,23 @@
 
 Strict both ways: every tensor of checkpoint, language model and tower is accounted for or refused
 by name; values and dtypes are kept bit for bit. Of the language model only the token embedding is
-left out, because the checkpoint brings a trained one.
+left out, because the checkpoint brings a trained one; the two are compared, since they tell whether
+checkpoint and language model belong together.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kuea_mllm.adapters.openflamingo import keys, released
+from kuea_mllm.adapters.import_card import render_import_card
+from kuea_mllm.adapters.openflamingo import keys, release_checks, released
 from kuea_mllm.adapters.openflamingo.configuration import OpenFlamingoConfig
 from kuea_mllm.adapters.openflamingo.released_files import (
     Renamed,
@@ -25,8 +27,9 @@ from kuea_mllm.adapters.openflamingo.released_files import (
 )
 from kuea_mllm.adapters.records import RECORD_FILE, SWAPPED, describe_slot
 from kuea_mllm.errors import UserError
-from kuea_mllm.io import atomic_directory, require_free_output, write_json
+from kuea_mllm.io import atomic_directory, require_free_output, write_json, write_text
 from kuea_mllm.manifest import SCHEMA_VERSION, library_versions, utc_now
+from kuea_mllm.model_card import CARD_FILE, base_card_metadata
 from kuea_mllm.model_files import INDEX_FILE, SINGLE_FILE, tensor_entries
 from kuea_mllm.towers import keys as tower_keys
 from kuea_mllm.towers.fingerprint import fingerprint_all
@@ -39,6 +42,15 @@ LOGGER = logging.getLogger("kuea_mllm")
 # The tower that every released OpenFlamingo was trained with.
 RELEASED_TOWER = "openai/clip-vit-large-patch14"
 _SHARD_BYTES = 4 << 30
+_CARD = {
+    "loader": "OpenFlamingoForConditionalGeneration",
+    "loader_module": "kuea_mllm.adapters.openflamingo.modeling",
+    "processor": "OpenFlamingoProcessor",
+    "processor_module": "kuea_mllm.adapters.openflamingo.processing",
+    "changes": "All weights keep their values and dtype.",
+    # Without a Hub id its path would only say checkpoint.pt.
+    "fallback_name": "OpenFlamingo",
+}
 
 
 def import_released(
@@ -50,6 +62,7 @@ def import_released(
     tokenizer: Path | None = None,
     activation: str | None = None,
     heads: int | None = None,
+    accept: Collection[str] = (),
     shard_bytes: int = _SHARD_BYTES,
     command: str | None = None,
 ) -> None:
@@ -63,6 +76,9 @@ def import_released(
         tokenizer: Directory of the tokenizer, by default the language model's.
         activation: The tower's, where its files do not state it.
         heads: Likewise.
+        accept: What may differ from the release: "embedding" (the language model's from the
+            checkpoint's, beyond the rows that training changes), "tower" (image size, patches,
+            depth, heads, activation).
         shard_bytes: Begin another weight file beyond this size.
         command: Command line to record.
 
@@ -70,6 +86,7 @@ def import_released(
         UserError: If a part is incomplete, damaged, of another kind, or does not fit the others.
         EnvironmentFailure: If the disk is full.
     """
+    release_checks.check_accepted(accept)
     require_free_output(destination)
     trained = open_checkpoint(checkpoint)
     lm_config, lm = open_language_model(language_model)
@@ -85,6 +102,8 @@ def import_released(
         endofchunk_token_id=processor.endofchunk_token_id,
         where=str(checkpoint),
     )
+    if release_checks.TOWER not in accept:
+        release_checks.check_tower(loaded.spec, width=loaded.spec.width, source=tower)
     text: Any = config.text_config
     if len(processor.tokenizer) != text.vocab_size:
         raise UserError(
@@ -92,15 +111,20 @@ def import_released(
             f"with those of OpenFlamingo, the checkpoint {text.vocab_size}.",
             "Give the tokenizer of the release (GPT-NeoX-20B).",
         )
+    lm_without_embedding = _without_embedding(lm, text, language_model)
+    if release_checks.EMBEDDING not in accept:
+        release_checks.check_embedding(
+            trained[keys.RELEASED_EMBEDDING],
+            lm[keys.LANGUAGE_MODEL_EMBEDDING],
+            rows=min(processor.endofchunk_token_id, processor.image_token_id),
+            language_model=language_model,
+            name=keys.LANGUAGE_MODEL_EMBEDDING,
+        )
     config.pad_token_id = processor.tokenizer.pad_token_id
     config.dtype = trained[keys.RELEASED_EMBEDDING].dtype
     parts = [
         _renamed(_checkpoint_names(config), trained, str(checkpoint)),
-        _renamed(
-            _language_model_names(config),
-            _without_embedding(lm, text, language_model),
-            str(language_model),
-        ),
+        _renamed(_language_model_names(config), lm_without_embedding, str(language_model)),
         {
             keys.TOWER_PREFIX + name: as_planned(tensor)
             for name, tensor in loaded.canonical_state().items()
@@ -115,11 +139,12 @@ def import_released(
         write_json(partial / "generation_config.json", _generation_config(config))
         size = _write_weights(parts, partial, shard_bytes)
         record = {
-            **_record(checkpoint, language_model, str(tower), loaded, size),
+            **_record(checkpoint, language_model, str(tower), loaded, size, accept),
             **_read_back(partial),
             "command": command,
         }
         write_json(partial / RECORD_FILE, record)
+        write_text(partial / CARD_FILE, render_import_card(record, **_CARD))
 
 
 def export_checkpoint(model_dir: Path, destination: Path) -> None:
@@ -311,7 +336,12 @@ def _read_back(written: Path) -> dict[str, Any]:
 
 
 def _record(
-    checkpoint: Path, language_model: Path, tower: str, loaded: Tower, size: int
+    checkpoint: Path,
+    language_model: Path,
+    tower: str,
+    loaded: Tower,
+    size: int,
+    accept: Collection[str],
 ) -> dict[str, Any]:
     state = {n: t for n, t in loaded.canonical_state().items() if n != tower_keys.PROJECTION}
     fingerprints = fingerprint_all(state)
@@ -329,8 +359,10 @@ def _record(
             "layout": "openflamingo_released",
             "checkpoint": str(checkpoint.resolve()),
             "language_model": str(language_model.resolve()),
+            "accepted_differences": sorted(accept),
             "bytes": size,
         },
+        "base_card": base_card_metadata(checkpoint.parent),
         "versions": library_versions(),
         "created": utc_now(),
         "history": [],

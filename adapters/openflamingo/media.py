@@ -84,28 +84,6 @@ def media_index(input_ids: Tensor, image_token_id: int) -> Tensor:
     return (input_ids == image_token_id).long().cumsum(dim=-1)
 
 
-def released_media_index(
-    seen: Tensor, new_ids: Tensor, image_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """Continue a text as the original does, whose bookkeeping restarts with a generated `<image>`.
-
-    As soon as one row's new ids hold an `<image>`, the original forgets the counts of all rows, so
-    that the others see no image from there on.
-
-    Args:
-        seen: Count of `<image>` tokens before the new ids, (rows,).
-        new_ids: (rows, length).
-        image_token_id: Id of `<image>`.
-
-    Returns:
-        The image that each new position sees, (rows, length), and the counts behind them.
-    """
-    if (new_ids == image_token_id).any():
-        index = media_index(new_ids, image_token_id)
-        return index, index[:, -1]
-    return seen[:, None].expand_as(new_ids), seen
-
-
 def media_mask(index: Tensor, images: int, latents: int, *, immediate_only: bool) -> MediaMask:
     """Build the mask of the gated blocks.
 

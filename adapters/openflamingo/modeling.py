@@ -36,6 +36,23 @@ class OpenFlamingoOutput(ModelOutput):
     image_hidden_states: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class OpenFlamingoReading:
+    """What the model knows before its output layer.
+
+    Attributes:
+        last: The final norm's output, (rows, positions, width).
+        states: Stream before each layer and `last`; only when asked for.
+        past_key_values: The cache, if there is one.
+        image_features: Latents of the images, (examples, images, latents, width).
+    """
+
+    last: Tensor
+    states: tuple[Tensor, ...] | None
+    past_key_values: Any
+    image_features: Tensor | None
+
+
 class OpenFlamingoForConditionalGeneration(OpenFlamingoPreTrainedModel, GenerationMixin):
     """OpenFlamingo with its tied output layer: interleaved images and text in, text out."""
 
@@ -104,6 +121,51 @@ class OpenFlamingoForConditionalGeneration(OpenFlamingoPreTrainedModel, Generati
             UserError: If the text is longer than the language model's context.
             ValueError: If the inputs do not fit one another.
         """
+        wanted = self.config.output_hidden_states
+        wanted = output_hidden_states if output_hidden_states is not None else wanted
+        read = self.read(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            image_features,
+            media_index,
+            use_cache,
+            keep_states=bool(wanted),
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(read.last[:, keep])
+        loss = None
+        if labels is not None:
+            vocabulary = logits.shape[-1]
+            loss = self.loss_function(logits, labels, vocab_size=vocabulary, **kwargs)
+        output = OpenFlamingoOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=read.past_key_values,
+            hidden_states=read.states,
+            image_hidden_states=read.image_features,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def read(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        image_features: Tensor | EncodedImages | None = None,
+        media_index: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        keep_states: bool = False,
+    ) -> OpenFlamingoReading:
+        """Run everything but the output layer.
+
+        Args and errors as of `forward`; `keep_states` is its `output_hidden_states`.
+        """
         past_key_values = self._cache(past_key_values, use_cache)
         self._check_inputs(input_ids, inputs_embeds, past_key_values)
         images = self._encoded(pixel_values, image_features)
@@ -113,31 +175,17 @@ class OpenFlamingoForConditionalGeneration(OpenFlamingoPreTrainedModel, Generati
                 media_index = self._count_images(input_ids, past_key_values)
         elif media_index is None:
             self._refuse_places_without_images(input_ids)
-        wanted = self.config.output_hidden_states
-        wanted = output_hidden_states if output_hidden_states is not None else wanted
-        hidden, states = self.model(
+        last, states = self.model(
             input_ids,
             attention_mask,
             images,
             media_index,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            keep_states=bool(wanted),
+            keep_states=keep_states,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
-        loss = None
-        if labels is not None:
-            vocabulary = logits.shape[-1]
-            loss = self.loss_function(logits, labels, vocab_size=vocabulary, **kwargs)
-        output = OpenFlamingoOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values,
-            hidden_states=states,
-            image_hidden_states=None if images is None else images.features,
-        )
-        return output.to_tuple() if return_dict is False else output
+        features = None if images is None else images.features
+        return OpenFlamingoReading(last, states, past_key_values, features)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]

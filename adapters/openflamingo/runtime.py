@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from kuea_mllm.adapters.base import ChatRequest
+from kuea_mllm.adapters.generation import check_generation_options
 from kuea_mllm.adapters.loading import failures_named, load_model, resolve_device, resolve_dtype
 from kuea_mllm.adapters.openflamingo.processing import IMAGE_TAG, OpenFlamingoProcessor
 from kuea_mllm.adapters.openflamingo.ranking import rank_names, rank_names_as_released
@@ -119,7 +120,7 @@ class OpenFlamingoRuntime:
                 range.
             EnvironmentFailure: If the device runs out of memory.
         """
-        _check_options(max_new_tokens, num_beams, temperature, top_p)
+        check_generation_options(max_new_tokens, num_beams, temperature, top_p)
         if not prompts:
             return []
         config = self.model.config
@@ -281,19 +282,6 @@ def build_prompt(question: str, *, image_count: int = 0) -> str:
         image_count: Number of images.
     """
     return f"{IMAGE_TAG * image_count}Question:{question.replace(IMAGE_TAG, '')} Short answer:"
-
-
-def _check_options(
-    max_new_tokens: int, num_beams: int, temperature: float, top_p: float | None
-) -> None:
-    if max_new_tokens < 1 or num_beams < 1:
-        raise UserError(
-            f"max_new_tokens ({max_new_tokens}) and num_beams ({num_beams}) must be at least 1."
-        )
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; 0 decodes greedily, above 0 samples.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1.")
 
 
 def _require_places(prompts: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> None:

@@ -23,7 +23,6 @@ from kuea_mllm.alignment.record import describe_run
 from kuea_mllm.alignment.speed import (
     compile_towers,
     measure_utilisation,
-    recompute_activations,
 )
 from kuea_mllm.alignment.target_cache import CachedImages, CachedTargets, autocast
 from kuea_mllm.alignment.target_inputs import open_target_cache
@@ -40,6 +39,7 @@ from kuea_mllm.training.callbacks import MetricsFile, StopWhenDiverged, Training
 from kuea_mllm.training.checkpoints import host_copy
 from kuea_mllm.training.distributed import any_process, rank, world_size
 from kuea_mllm.training.interruption import Interruption, SaveCheckpoints
+from kuea_mllm.training.memory import recompute_activations
 from kuea_mllm.training.run_directory import RunDirectory
 from kuea_mllm.training.trackers import tensorboard_in
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,21 +14,15 @@ from kuea_mllm.alignment.identity import KIND, identify_run
 from kuea_mllm.alignment.inputs import AlignmentInputs, open_inputs
 from kuea_mllm.alignment.record import describe_run
 from kuea_mllm.config.align import AlignRecipe
-from kuea_mllm.data.source import as_raised_in_worker
 from kuea_mllm.errors import (
-    EnvironmentFailure,
-    Interrupted,
     RecipeError,
-    TrainingDiverged,
-    UserError,
 )
-from kuea_mllm.io import name_disk_error, write_json
+from kuea_mllm.io import write_json
 from kuea_mllm.log import LOGGER, log_file
-from kuea_mllm.manifest import current_command
 from kuea_mllm.towers.save import save_tower
 from kuea_mllm.training.distributed import barrier, fails_together, rank, world_size
+from kuea_mllm.training.ending import explained, interrupted
 from kuea_mllm.training.run_directory import (
-    RECIPE,
     RunDirectory,
     open_run,
     require_startable,
@@ -102,40 +93,10 @@ def run_alignment(
             try:
                 result = _align(inputs, run, progress=progress, finish=finish)
             except BaseException as error:
-                raise _explained(error, run) from error.__cause__
+                raise explained(error, run) from error.__cause__
         # The others must not report before the directory has its final name.
     barrier()
     return result
-
-
-def _explained(error: BaseException, run: RunDirectory) -> BaseException:
-    """Return the error as a user should see it, and say what is left of the run."""
-    if isinstance(error, UserError | EnvironmentFailure):
-        error = as_raised_in_worker(error)
-    if rank() != 0 or isinstance(error, Interrupted):
-        return error
-    checkpoint = run.store.last_good()
-    if isinstance(error, TrainingDiverged) and checkpoint is None:
-        kept = _keep_evidence(run)
-        return TrainingDiverged(
-            error.problem, f"{error.remedy} Log, recipe and metrics are kept in {kept}."
-        )
-    if checkpoint is None:
-        return name_disk_error(error, run.out)
-    LOGGER.warning("the unfinished run is kept; --resume goes on from %s", checkpoint)
-    return name_disk_error(error, run.out, remedy="Free some space and go on with --resume.")
-
-
-def _keep_evidence(run: RunDirectory) -> Path:
-    """Save what shows why a run diverged, under a name that no one takes for a result."""
-    number, kept = 1, run.out.with_name(f"{run.out.name}.diverged")
-    while kept.exists():
-        number += 1
-        kept = run.out.with_name(f"{run.out.name}.diverged-{number}")
-    kept.mkdir()
-    for name in (RECIPE, "run.log", "metrics.jsonl"):
-        shutil.copy(run.path / name, kept / name)
-    return kept
 
 
 def _align(
@@ -174,7 +135,9 @@ def _align(
     finally:
         parts.metrics.close()
     if parts.interruption.stopped_at is not None:
-        raise _interrupted(parts, run, steps=inputs.recipe.optim.steps or 0)
+        raise interrupted(
+            parts.interruption, run, verb="align", steps=inputs.recipe.optim.steps or 0
+        )
     if parts.interruption.received is not None:
         LOGGER.info("training was complete when the signal came: writing the result")
     took = seconds()
@@ -226,20 +189,3 @@ def _write_result(
         directory / "kernel_matrices.json",
         {name: matrix.cpu().tolist() for name, matrix in parts.heldout.kernel_matrices().items()},
     )
-
-
-def _interrupted(parts: Assembly, run: RunDirectory, *, steps: int) -> Interrupted:
-    return Interrupted(
-        f"interrupted at step {parts.interruption.stopped_at} of {steps}; go on with: "
-        f"{_resume_command(run)}",
-        exit_code=parts.interruption.exit_code,
-    )
-
-
-def _resume_command(run: RunDirectory) -> str:
-    """Return the command line that goes on with a run, as it was typed if that is known."""
-    if Path(sys.argv[0]).name == "kuea-mllm" and "align" in sys.argv:
-        words = [word for word in shlex.split(current_command()) if word != "--restart"]
-        return shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
-    recipe, out = str(run.path / RECIPE), str(run.out)
-    return shlex.join(["kuea-mllm", "align", "--recipe", recipe, "--out", out, "--resume"])

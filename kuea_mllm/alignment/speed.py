@@ -114,15 +114,3 @@ def compile_towers(
         for tower in towers:
             tower.compile()
     return is_wanted
-
-
-def recompute_activations(tower: nn.Module) -> None:
-    """Turn on gradient checkpointing of a transformers model."""
-    model: Any = tower
-    # Non-reentrant: the other kind loses gradients where the input needs none, as pixels do.
-    settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:  # transformers before it was renamed
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    LOGGER.info("activations are computed again in the backward pass (gradient_checkpointing)")

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
-from kuea_mllm.alignment.history import LossHistory
 from kuea_mllm.alignment.left_out import LeftOut
 from kuea_mllm.alignment.schedule import lr_multiplier
 from kuea_mllm.alignment.step import WholeBatchStep
@@ -27,6 +26,7 @@ from kuea_mllm.errors import UserError
 from kuea_mllm.features import Features
 from kuea_mllm.objectives import LossTerms, Objective
 from kuea_mllm.training.checkpoints import load_weights
+from kuea_mllm.training.history import LossHistory
 from kuea_mllm.training.interruption import outlive_signals
 from kuea_mllm.training.trainer import ResumableTrainer
 
@@ -247,7 +247,8 @@ class AlignmentTrainer(ResumableTrainer):
         }
         loss = self._step(model, {**batch, "pixels": unit_pixels(batch["pixels"])})
         self.last_loss = loss
-        self.history.add(self.state.global_step + 1, inputs["index"], loss)
+        values = {"loss": loss.total, **{f"loss_{name}": v for name, v in loss.terms.items()}}
+        self.history.add(self.state.global_step + 1, inputs["index"], values)
         return loss.total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,17 +15,11 @@ from kuea_mllm.cli.common import (
     Json,
     Out,
     SetOption,
-    fail,
     print_json,
     verb,
 )
-from kuea_mllm.launch import (
-    has_parent,
-    is_launched_by_torchrun,
-    launch,
-    launched_rank,
-    launched_world_size,
-)
+from kuea_mllm.cli.launching import launch_processes, refuse_two_launchers
+from kuea_mllm.launch import has_parent, launched_rank, launched_world_size
 
 if TYPE_CHECKING:
     from kuea_mllm.config.align import AlignRecipe
@@ -153,7 +145,7 @@ def align(
 
         print_dry_run(loaded, processes=num_processes, json_output=json_output)
     elif num_processes > 1 and not has_parent():
-        _launch(num_processes, out)
+        launch_processes(num_processes, out)
     else:
         _run(loaded, out, resume=resume, restart=restart, json_output=json_output)
 
@@ -162,12 +154,7 @@ def _require_shareable(recipe: AlignRecipe, processes: int) -> None:
     """Refuse what the processes would refuse, before they are started."""
     from kuea_mllm.errors import UserError
 
-    if is_launched_by_torchrun():
-        raise UserError(
-            f"--num-processes {processes} was given to a process that torchrun started "
-            f"(one of {launched_world_size()}).",
-            "Leave the option out under torchrun, or start the command without torchrun.",
-        )
+    refuse_two_launchers(processes)
     if recipe.method == "projection":
         raise UserError(
             "method 'projection' is one pass over the images in one process.",
@@ -179,26 +166,6 @@ def _require_shareable(recipe: AlignRecipe, processes: int) -> None:
             f"{processes} processes.",
             "The batch size is that of all processes together; choose a multiple.",
         )
-
-
-def _launch(processes: int, out: Path) -> None:
-    arguments = sys.argv[1:]
-    words = [word for word in arguments if word not in {"--restart", "--resume"}]
-    again = shlex.join(["kuea-mllm", *words])
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    outcome = launch(
-        arguments,
-        processes=processes,
-        resume=lambda: (
-            f"Go on with: {again} --resume"
-            if any(unfinished.glob("checkpoints/checkpoint-*"))
-            else f"No checkpoint was due yet; start again with: {again} --restart"
-        ),
-    )
-    if outcome.message is not None:
-        fail(outcome.message)
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
 
 
 def _run_projection(recipe: AlignRecipe, out: Path, *, json_output: bool) -> None:

@@ -14,6 +14,7 @@ from kuea_mllm.cli.common import Activation, Heads, Json, print_json, verb
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kuea_mllm.adapters.base import LoraConverter, MLLMAdapter
     from kuea_mllm.towers.conversion import Conversion
 
 
@@ -53,7 +54,8 @@ def convert(
             help="hf: directory for from_pretrained; open_clip: repository for open_clip's "
             "local-dir: and hf-hub:; visual: open_clip visual state dict, as the KUEA authors "
             "release (SigLIP: timm trunk); openai: full OpenAI CLIP state dict, as DIVA releases; "
-            "released: with --mllm, a whole Hugging Face MLLM back as its authors release it."
+            "released: with --mllm, a whole Hugging Face MLLM, or LoRA weights for it, back as its "
+            "authors release it."
         ),
     ] = Format.HF,
     text_from: Annotated[
@@ -91,13 +93,13 @@ def convert(
     mllm: Annotated[
         str | None,
         typer.Option(
-            help="SOURCE is a whole MLLM in its authors' layout: adapter that makes a "
-            "Hugging Face directory of it, e.g. llava."
+            help="SOURCE is a whole MLLM in its authors' layout, or LoRA weights for it: adapter "
+            "that makes a Hugging Face directory of it, e.g. llava."
         ),
     ] = None,
     tower: Annotated[
         str | None,
-        typer.Option(help="With --mllm: vision tower, where SOURCE only names one."),
+        typer.Option(help="With --mllm: vision tower, where SOURCE only names one or none."),
     ] = None,
     language_model: Annotated[
         Path | None,
@@ -109,6 +111,14 @@ def convert(
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="With --mllm openflamingo: tokenizer; the language model's if left out."),
+    ] = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHAT",
+            help="With --mllm openflamingo: take an 'embedding' or a 'tower' that is not the "
+            "release's.",
+        ),
     ] = None,
     no_check: Annotated[
         bool,
@@ -140,8 +150,10 @@ def convert(
         raise typer.BadParameter("give DESTINATION, or --inspect to only look at SOURCE.")
     if mllm is None and tower is not None:
         raise typer.BadParameter("--tower goes with --mllm; a tower alone is SOURCE itself.")
-    if mllm is None and (language_model or tokenizer or to is Format.RELEASED):
-        raise typer.BadParameter("--language-model, --tokenizer and --to released go with --mllm.")
+    if mllm is None and (language_model or tokenizer or accept or to is Format.RELEASED):
+        raise typer.BadParameter(
+            "--language-model, --tokenizer, --accept and --to released go with --mllm."
+        )
     weights = _weights(interpolate)
     if (weights is None) != (original is None):
         raise typer.BadParameter("--interpolate and --original go together.")
@@ -154,11 +166,11 @@ def convert(
                 "released are for towers; --mllm converts a whole model as it is."
             )
         if to is Format.RELEASED:
-            if language_model or tokenizer or tower or activation or heads:
+            if language_model or tokenizer or activation or heads or accept:
                 raise typer.BadParameter("--to released takes everything from SOURCE.")
-            _export_mllm(mllm, Path(source), destination, json_output)
+            _export_mllm(mllm, Path(source), destination, tower, json_output)
             return
-        parts = _Parts(language_model, tokenizer, activation, heads)
+        parts = _Parts(language_model, tokenizer, activation, heads, tuple(accept or ()))
         _import_mllm(mllm, Path(source), destination, tower, parts, json_output)
         _push(push, destination, json_output)
         return
@@ -222,6 +234,7 @@ class _Parts:
     tokenizer: Path | None
     activation: str | None
     heads: int | None
+    accept: tuple[str, ...] = ()
 
 
 def _import_mllm(
@@ -233,13 +246,18 @@ def _import_mllm(
     json_output: bool,
 ) -> None:
     from kuea_mllm.adapters.base import MLLMImporter, MLLMPartsImporter
+    from kuea_mllm.adapters.lora_directory import is_lora_directory
     from kuea_mllm.adapters.registry import get_adapter
     from kuea_mllm.errors import UserError
     from kuea_mllm.manifest import current_command
 
     adapter = get_adapter(name)
     command = current_command()
-    if isinstance(adapter, MLLMPartsImporter):
+    if is_lora_directory(source):
+        if tower or any(asdict(parts).values()):
+            raise typer.BadParameter(f"{source} holds LoRA weights, which have no parts.")
+        _lora_converter(adapter).import_lora(source, destination, command=command)
+    elif isinstance(adapter, MLLMPartsImporter):
         adapter.import_parts(source, destination, tower=tower, command=command, **asdict(parts))
     elif not isinstance(adapter, MLLMImporter):
         raise UserError(
@@ -256,19 +274,39 @@ def _import_mllm(
     typer.echo(f"{source} ({name}, authors' layout) -> {destination} (hf)")
 
 
-def _export_mllm(name: str, source: Path, destination: Path, json_output: bool) -> None:
+def _export_mllm(
+    name: str, source: Path, destination: Path, tower: str | None, json_output: bool
+) -> None:
     from kuea_mllm.adapters.base import MLLMExporter
+    from kuea_mllm.adapters.lora_directory import is_lora_directory
     from kuea_mllm.adapters.registry import get_adapter
     from kuea_mllm.errors import UserError
 
     adapter = get_adapter(name)
-    if not isinstance(adapter, MLLMExporter):
+    if is_lora_directory(source):
+        _lora_converter(adapter).export_lora(source, destination, tower=tower)
+    elif tower:
+        raise typer.BadParameter("--to released takes everything from SOURCE.")
+    elif not isinstance(adapter, MLLMExporter):
         raise UserError(f"the adapter {name} has no way back to its authors' files.")
-    adapter.export_released(source, destination)
+    else:
+        adapter.export_released(source, destination)
     if json_output:
         print_json({"destination": str(destination), "to": "released", "mllm": name})
         return
     typer.echo(f"{source} (hf) -> {destination} ({name}, authors' layout)")
+
+
+def _lora_converter(adapter: MLLMAdapter) -> LoraConverter:
+    from kuea_mllm.adapters.base import LoraConverter
+    from kuea_mllm.errors import UserError
+
+    if not isinstance(adapter, LoraConverter):
+        raise UserError(
+            f"the adapter {adapter.name} has no layout of its own for LoRA weights.",
+            "`kuea-mllm merge` takes PEFT directories as they are.",
+        )
+    return adapter
 
 
 def _push(repo: str | None, directory: Path, json_output: bool) -> str | None:

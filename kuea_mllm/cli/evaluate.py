@@ -38,12 +38,19 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     overrides: SetOption = None,
     dry_run: DryRun = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished evaluation of --out.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop the unfinished evaluation of --out.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Answer the questions of benchmarks and let lmms-eval score them.
 
     Writes OUT/summary.json, OUT/samples/*.jsonl and lmms-eval's own files in OUT/lmms. Few-shot
-    recipes (openflamingo3b_fewshot) take the folder of each data set: --set data.coco=DIR.
+    recipes (openflamingo3b_fewshot) take the folder of each data set: --set data.coco=DIR. Tasks
+    are run one after the other; until all are done, the finished ones lie in OUT.unfinished.
     """
     from kuea_mllm.config.evaluate import EvalRecipe
     from kuea_mllm.config.recipes import (
@@ -72,9 +79,9 @@ def evaluate(
         raise RecipeError("nothing to evaluate on.", "Pass --tasks or --recipe.")
 
     from kuea_mllm.devices import choose_device
-    from kuea_mllm.io import require_free_output
+    from kuea_mllm.evaluation.unfinished import require_startable
 
-    require_free_output(out)
+    require_startable(out, resume=resume, restart=restart)
     device = choose_device(loaded.device)
     if dry_run:
         _require_inputs(loaded, model, mllm)
@@ -103,6 +110,8 @@ def evaluate(
         recipe=recipe_to_yaml(loaded),
         fewshot=loaded.fewshot,
         data={str(name): folder for name, folder in loaded.data.items()},
+        resume=resume,
+        restart=restart,
     )
     if json_output:
         print_json(summary)

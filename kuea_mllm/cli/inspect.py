@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,6 +19,11 @@ def print_inspection(source: str, json_output: bool) -> None:
     Raises:
         TowerError: If it cannot be read or is of no known layout.
     """
+    from kuea_mllm.adapters.lora_directory import is_lora_directory
+
+    if is_lora_directory(Path(source)):
+        _print_lora(Path(source), json_output)
+        return
     from kuea_mllm.towers.inspect import inspect_source
 
     found = inspect_source(source)
@@ -33,6 +39,18 @@ def print_inspection(source: str, json_output: bool) -> None:
     for warning in found.warnings:
         typer.secho("warning: ", fg=typer.colors.YELLOW, bold=True, nl=False)
         typer.echo(warning)
+
+
+def _print_lora(source: Path, json_output: bool) -> None:
+    from kuea_mllm.adapters.lora_directory import describe_lora_directory
+
+    found = describe_lora_directory(source)
+    if json_output:
+        print_json(found)
+        return
+    from kuea_mllm.reporting.tables import print_key_values
+
+    print_key_values(str(source), {name: str(value) for name, value in found.items()})
 
 
 def inspection_rows(found: Inspection) -> dict[str, str]:

@@ -19,6 +19,8 @@ from kuea_mllm.cli import (
     convert,
     doctor,
     evaluate,
+    lora,
+    merge,
     pack,
     plan,
     push,
@@ -52,11 +54,13 @@ for name, function, summary in (
     ("align", align.align, "Align a CLIP tower with a vision teacher."),
     ("sweep", sweep.sweep, "Align at every combination of some settings."),
     ("swap", swap.swap, "Put an aligned tower into a multimodal LLM."),
+    ("lora", lora.lora, "Tune a multimodal LLM with LoRA; its tower stays as it is."),
+    ("merge", merge.merge, "Write LoRA weights and their base as one plain model."),
     ("verify", verify.verify, "Say which tower is in a model, and prove it."),
     ("eval", evaluate.evaluate, "Score a multimodal LLM with lmms-eval."),
     ("compare", compare.compare, "Compare two evaluations, question by question."),
     ("convert", convert.convert, "Convert a tower between file formats."),
-    ("push", push.push, "Upload a tower or model to the Hugging Face Hub."),
+    ("push", push.push, "Upload a tower, model or LoRA weights to the Hugging Face Hub."),
 ):
     app.command(name, short_help=summary)(function)
 app.add_typer(recipes.app, name="recipes")

@@ -13,7 +13,7 @@ from kuea_mllm.cli.common import Json, print_json, verb
 @verb
 def push(
     directory: Annotated[
-        Path, typer.Argument(help="Tower or model directory that kuea-mllm wrote.")
+        Path, typer.Argument(help="Directory of a tower, model or LoRA that kuea-mllm wrote.")
     ],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the Hub.")],
     private: Annotated[
@@ -32,7 +32,7 @@ def push(
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Upload a tower or model with its card, after checking that it is what its record says.
+    """Upload a tower, model or LoRA weights with the card, after checking it against its record.
 
     Uploaded kuea.json and settings name no path of this machine; DIRECTORY itself is not changed.
     """
@@ -62,7 +62,7 @@ def push(
         {
             "to": url,
             "kind": upload.kind,
-            "vision tower": upload.fingerprint,
+            "vision tower": upload.fingerprint or "not recorded",
             "files": ", ".join(sorted(upload.files)),
             "size": f"{upload.bytes / 1e9:.3f} GB",
             "rewritten for the upload": ", ".join(upload.rewritten),

@@ -154,3 +154,51 @@ def study(
     else:
         print_study(result)
         typer.echo(f"study: {out}")
+
+
+@app.command()
+@verb
+def peft(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; goes on there.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Worlds to build, align and tune.")] = 3,
+    worlds: Annotated[
+        Path | None, typer.Option(help="Folder of built worlds (seed0, seed1, ...) to reuse.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=20, help="Questions for each task.")] = 1500,
+    split: Annotated[str, typer.Option(help="Scans to measure on.")] = "test",
+    set_align: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Override one key of recipe align/miniworld."),
+    ] = None,
+    set_lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Override one key of recipe lora/miniworld."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds studied at once.")] = 1,
+    json_output: Json = False,
+) -> None:
+    """Measure the mini LLaVA as it is, +align, +peft (LoRA) and +both over several seeds.
+
+    A few minutes for each seed on one core; interrupted, it goes on where it was.
+    """
+    from kuea_mllm.workflows.peft_table import run_peft_study
+
+    record = run_peft_study(
+        out,
+        seeds=seeds,
+        worlds=worlds,
+        questions=questions,
+        split=split,
+        jobs=jobs,
+        align=set_align or [],
+        lora=set_lora or [],
+    )
+    if json_output:
+        print_json(record)
+        return
+    from rich.console import Console
+
+    from kuea_mllm.reporting.peft import peft_text
+
+    Console().print(*peft_text(record), sep="\n\n")
+    typer.echo(f"study: {out}")

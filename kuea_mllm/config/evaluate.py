@@ -26,8 +26,13 @@ class Retrieval(StrictModel):
     tower: str = Field(
         description="CLIP tower whose embeddings are compared; not the one in the model."
     )
-    cache: str | None = Field(default=None, description="Folder where embeddings are kept.")
+    cache: str | None = Field(
+        default=None,
+        description="Folder where embeddings are kept; null is $KUEA_MLLM_CACHE, else kuea_mllm "
+        "below $HF_HOME.",
+    )
     batch_size: PositiveInt = 64
+    workers: PositiveInt = Field(default=4, description="Threads that decode images.")
 
 
 class FewShotSettings(StrictModel):
@@ -47,6 +52,11 @@ class FewShotSettings(StrictModel):
     )
     query_set: PositiveInt = Field(
         default=2048, description="Training examples that a trial draws demonstrations from."
+    )
+    length_penalty: float = Field(
+        default=0.0,
+        description="Of the beam search. 0 in the published code (2.0.1); its tag 2.0.0 had -2 for "
+        "captions.",
     )
     retrieval: Retrieval | None = None
     cache_images: PositiveInt = Field(

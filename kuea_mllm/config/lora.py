@@ -56,7 +56,7 @@ class MixtureConfig(StrictModel):
     packing: bool = Field(
         default=False,
         description="Join samples up to max_length in one row; none sees another. Changes what a "
-        "step holds.",
+        "step holds: micro_batch_size and batch_size count rows.",
     )
     group_by_modality: bool = Field(
         default=True, description="Keep samples with and without an image apart, then by length."
@@ -158,7 +158,9 @@ class TuningRuntimeConfig(StrictModel):
         default=1024, description="Positions whose logits are held at once."
     )
     sharding: Literal["none", "fsdp"] = Field(
-        default="none", description="fsdp: each process holds a part of the frozen weights."
+        default="none",
+        description="fsdp: each process holds a part of the language model's frozen weights, and "
+        "gathers a layer when it runs. What is trained stays whole in each.",
     )
     liger: bool = Field(
         default=False,
@@ -190,6 +192,26 @@ class LoraRecipe(Recipe):
     optim: TuningOptimConfig = TuningOptimConfig()
     runtime: TuningRuntimeConfig = TuningRuntimeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _packing_fits(self) -> Self:
+        if not self.data.packing:
+            return self
+        released = self.compat == "released"
+        weighting = _either(self.optim.loss_weighting, "micro_batch" if released else "token")
+        if weighting != "token":
+            raise ValueError(
+                f"optim.loss_weighting is {weighting}, and data.packing takes token: how many "
+                "samples share a row would decide what each weighs"
+            )
+        if not _either(self.data.cut_after_splicing, not released):
+            raise ValueError(
+                "data.cut_after_splicing is false, and data.packing needs it: samples must fit "
+                "a row of data.max_length"
+            )
+        if self.data.order == "released":
+            raise ValueError("data.order is released, which is an order of samples, not of rows")
+        return self
 
     def accumulation(self, processes: int) -> int:
         """Return the micro-batches of each process in one update.

@@ -67,12 +67,14 @@ def list_shipped(kind: str | None = None) -> list[ShippedRecipe]:
     return [
         ShippedRecipe(name=path.relative_to(root).with_suffix("").as_posix(), path=path)
         for path in sorted(root.glob("*/*.yaml"))
-        if kind is None or path.parent.name == kind
+        if path.parent.name in ({kind} if kind else SCHEMAS)  # accelerate/ holds no recipes
     ]
 
 
 def find_recipe(reference: str, kind: str | None = None) -> ShippedRecipe:
     """Find a shipped recipe by name, with or without its kind, or an own file by path.
+
+    Hyphens and underscores in a name are the same.
 
     Raises:
         RecipeError: If there is no such recipe; names the nearest.
@@ -83,14 +85,25 @@ def find_recipe(reference: str, kind: str | None = None) -> ShippedRecipe:
             raise RecipeError(f"recipe file {reference} does not exist.")
         return ShippedRecipe(name=str(reference), path=path)
     shipped = list_shipped(kind)
+    wanted = reference.replace("-", "_")
     for recipe in shipped:
-        if reference in (recipe.name, recipe.name.partition("/")[2]):
+        if wanted in (recipe.name, recipe.name.partition("/")[2]):
             return recipe
     names = [recipe.name for recipe in shipped]
     short = {name.partition("/")[2]: name for name in names}
     close = difflib.get_close_matches(reference, [*names, *short], n=1)
     hint = f"Did you mean {close[0]}?" if close else "See `kuea-mllm recipes list`."
     raise RecipeError(f"no recipe is called '{reference}'.", hint)
+
+
+def kind_of(reference: str) -> str | None:
+    """Return the kind that a recipe says it is, None if it says none.
+
+    Raises:
+        RecipeError: If there is no such recipe, or it is no YAML mapping.
+    """
+    kind = read_yaml(find_recipe(reference).path).get("kind")
+    return kind if isinstance(kind, str) else None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -113,8 +113,7 @@ def _require_all(name: str, doc_ids: Sequence[int], expected: int) -> None:
     if len(doc_ids) != expected or len(set(doc_ids)) != expected:
         raise EnvironmentFailure(
             f"task {name}: lmms-eval scored {len(set(doc_ids))} documents instead of {expected}.",
-            "Nothing was written. The task or the plugin loses documents; see the log with "
-            "--debug.",
+            "The task or the plugin loses documents; see the log with --debug.",
         )
 
 

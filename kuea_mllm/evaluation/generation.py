@@ -285,7 +285,7 @@ class Answerer:
             raise EnvironmentFailure(
                 f"the first {len(failures)} questions all failed, the last one ({question.task}, "
                 f"document {question.doc_id}) with: {line}",
-                "Nothing was written. Run with --limit 1 --debug to see where it fails.",
+                "Run with --limit 1 --debug to see where it fails.",
             )
         return FAILED_ANSWER
 

@@ -94,7 +94,7 @@ def run_lmms_eval(
         cause = root_cause(error)
         raise EvaluationError(
             f"lmms-eval stopped while running {', '.join(tasks)}: {one_line(cause)}",
-            "Nothing was written. Run again with --debug for the traceback.",
+            "Run again with --debug for the traceback.",
         ) from error
     finally:
         take_session(model)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kuea_mllm.adapters.fewshot_text import cut_answer, cut_caption
 from kuea_mllm.miniworld.captions import PREFIXES, describe
 from kuea_mllm.miniworld.models import CLIP_MEAN, CLIP_STD
 from kuea_mllm.miniworld.scenes import CANVAS, DIGITS, MAX_OBJECTS, TEXTURES, Scene
@@ -221,7 +222,7 @@ def score_answer(task: str, answer: str, expected: str) -> float:
     Captions: F1 of the words, cut off as in the published evaluation. Others: right or wrong.
     """
     if task != "caption":
-        return float(re.split("Question|Answer|Short", answer)[0].strip().lower() == expected)
-    said = set(re.findall(r"[a-z]+", answer.split("Output", 1)[0].lower()))
+        return float(cut_answer(answer).strip().lower() == expected)
+    said = set(re.findall(r"[a-z]+", cut_caption(answer).lower()))
     right = set(re.findall(r"[a-z]+", expected))
     return 2 * len(said & right) / (len(said) + len(right))

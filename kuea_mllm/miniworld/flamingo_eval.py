@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kuea_mllm.adapters.fewshot_text import TEXT_ONLY_SHOTS
 from kuea_mllm.miniworld.flamingo import (
     TASKS,
     ScenesByCount,
@@ -30,8 +31,6 @@ _BATCH = 50
 _BEAMS = 3
 _NEW_TOKENS = {"caption": 20}
 _SHORT = 5
-# Of each answer that a zero-shot prompt shows without its image, as published.
-_TEXT_ONLY = 2
 _SEED = 97
 
 
@@ -121,7 +120,7 @@ def _answer(
         wording = draw_wording(rng, digits=len(scene.objects))
         prompt, answer = write_example(task, scene, wording)
         text, shown = "", []
-        count = shots or _TEXT_ONLY
+        count = shots or TEXT_ONLY_SHOTS
         for chosen in draw_pictures(task, wording, scenes, rng, count, is_balanced=True):
             before, after = write_example(task, pool[0][chosen], wording)
             text += f"{'<image>' if shots else ''}{before}{after}<|endofchunk|>\n"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kuea_mllm.adapters.fewshot_text import TEXT_ONLY_SHOTS
 from kuea_mllm.miniworld.flamingo import (
     TASKS,
     ScenesByCount,
@@ -44,8 +45,7 @@ CHUNKS = 5
 SCHEDULE = Schedule(steps=1800, lr=2e-3, weight_decay=0.02)
 # Closed gates, as the original begins with on a trained language model, would only cost time.
 _GATE = 0.5
-# As the zero-shot prompt of the published evaluation: two demonstrations without their images.
-_TEXT_ONLY = 2
+# Of the texts: those that begin like the zero-shot prompt of the published evaluation.
 _TEXT_ONLY_SHARE = 0.3
 _HINT_WEIGHT = 0.5
 _IGNORED = -100
@@ -138,7 +138,7 @@ def _draw(
     for row in range(BATCH):
         task = TASKS[int(rng.integers(len(TASKS)))]
         wording = draw_wording(rng)
-        blind = _TEXT_ONLY if rng.random() < _TEXT_ONLY_SHARE else 0
+        blind = TEXT_ONLY_SHOTS if rng.random() < _TEXT_ONLY_SHARE else 0
         drawn = draw_pictures(task, wording, scenes, rng, CHUNKS)
         pictures[row, : CHUNKS - blind] = drawn[blind:]
         ids: list[int] = []

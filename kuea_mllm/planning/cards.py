@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kuea_mllm.errors import UserError
 
@@ -21,6 +21,8 @@ class Card:
         tf32: The same for float32 rounded to TF32.
         fp32: The same for plain float32, which the fp32 recipes use: TF32 stays off, as in the
             released code.
+        link: Rate at which processes of one machine exchange tensors, in GB/s: an assumption
+            (without peer-to-peer over the host's memory, else NVLink).
     """
 
     key: str
@@ -29,6 +31,7 @@ class Card:
     bf16: float
     tf32: float
     fp32: float
+    link: float = 6.0
 
     @property
     def memory_bytes(self) -> int:
@@ -43,17 +46,18 @@ class Card:
 # Rates: dense, without sparsity, from NVIDIA's documents: Ampere GA102 and Ada architecture
 # white papers (appendix tables; GeForce tensor cores accumulate in float32 at half rate), data
 # sheets of A100, L40S, H100 and H200. Memory: the total that torch names in its out-of-memory
-# messages on these cards; the ends of the boxes (24, 40, 48, 80, 141 GB) are never available.
+# messages on these cards; the ends of the boxes (16, 24, 40, 48, 80, 141 GB) are never available.
 CARDS: dict[str, Card] = {
     card.key: card
     for card in (
         Card("rtx3090", "RTX 3090", 23.6, 71.0, 35.6, 35.6),
         Card("rtx4090", "RTX 4090", 23.6, 165.2, 82.6, 82.6),
-        Card("l40s", "L40S", 44.4, 362.0, 183.0, 91.6),
-        Card("a100-40", "A100 40 GB", 39.4, 312.0, 156.0, 19.5),
-        Card("a100-80", "A100 80 GB", 79.1, 312.0, 156.0, 19.5),
-        Card("h100", "H100 SXM", 79.1, 989.4, 494.7, 66.9),
-        Card("h200", "H200 SXM", 139.8, 989.4, 494.7, 66.9),
+        Card("rtx4080", "RTX 4080", 15.6, 97.5, 48.7, 48.7),
+        Card("l40s", "L40S", 44.4, 362.0, 183.0, 91.6, link=12.0),
+        Card("a100-40", "A100 40 GB", 39.4, 312.0, 156.0, 19.5, link=200.0),
+        Card("a100-80", "A100 80 GB", 79.1, 312.0, 156.0, 19.5, link=200.0),
+        Card("h100", "H100 SXM", 79.1, 989.4, 494.7, 66.9, link=350.0),
+        Card("h200", "H200 SXM", 139.8, 989.4, 494.7, 66.9, link=350.0),
     )
 }
 
@@ -73,6 +77,21 @@ def card_of_device(name: str) -> Card | None:
         if words in name and ("A100" not in words or f"{model.rsplit(' ', 1)[1]}GB" in name):
             return card
     return None
+
+
+def card_or_device(name: str, memory_bytes: int) -> Card:
+    """Return the card that CUDA calls by this name; if it is not known, one of that memory.
+
+    The rates of the latter are those of an RTX 4090, so that hours planned on it say nothing.
+
+    Args:
+        name: As for `card_of_device`.
+        memory_bytes: Of the device.
+    """
+    known = card_of_device(name)
+    if known is not None:
+        return known
+    return replace(CARDS["rtx4090"], key=name, name=name, gib=memory_bytes / GIB)
 
 
 def find_card(key: str) -> Card:

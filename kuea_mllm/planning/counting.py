@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,14 +33,21 @@ class PassCounts:
         backward_flops: FLOPs of the backward pass, recomputation included; 0 without one.
         kept_bytes: Alive when the forward pass has ended: what backward needs.
         weight_copy_bytes: The part of it that are parameters in another dtype (autocast).
-        peak_bytes: Alive at the worst moment of both passes.
+        forward_peak_bytes: Alive at the worst moment of the forward pass.
+        backward_peak_bytes: Alive at the worst moment of the backward pass.
     """
 
     forward_flops: int
     backward_flops: int
     kept_bytes: int
     weight_copy_bytes: int
-    peak_bytes: int
+    forward_peak_bytes: int
+    backward_peak_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Alive at the worst moment of both passes."""
+        return max(self.forward_peak_bytes, self.backward_peak_bytes)
 
     @property
     def activation_bytes(self) -> int:
@@ -52,20 +60,23 @@ class PassCounts:
         return max(0, self.peak_bytes - self.kept_bytes)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Take the fused attention for every `scaled_dot_product_attention` without a mask.
+class FusedKernels(TorchFunctionMode):
+    """Take the kernels of GPUs for attention without a mask and for dropout.
 
-    GPUs run a fused kernel, which keeps query, key, value, output and one number per row for
-    backward, never the matrix of scores. On fake tensors PyTorch would choose the unfused one. The
-    CPU's fused kernel keeps the same tensors as those of CUDA.
+    The fused attention keeps query, key, value, output and one number per row for backward, never
+    the matrix of scores. On fake tensors PyTorch would choose the unfused one. The CPU's fused
+    kernel keeps the same tensors as those of CUDA. Dropout keeps one byte per number on a GPU, and
+    as many as its input has on the CPU.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replace the one function; pass on all others."""
+        """Replace the two functions; pass on all others."""
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and not _has_mask(args[0], kwargs):
             fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             return fused(*args[:3], scale=kwargs.get("scale"))[0]
         return func(*args, **kwargs)
@@ -114,13 +125,19 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the bytes of weight copies alive now."""
         return sum(size for number, size in self.events if number in self.copies_of_weights)
 
-    def peak(self, *, without: set[int]) -> int:
-        """Return the most bytes that were alive at once, some storages left out."""
-        now = most = 0
-        for number, size in self.events:
-            if number not in without:
-                now += size
-                most = max(most, now)
+    def peak(self, *, without: set[int], begin: int = 0, end: int | None = None) -> int:
+        """Return the most bytes that were alive at once, some storages left out.
+
+        Args:
+            without: Numbers of the storages to leave out.
+            begin: First event of the stretch that is looked at.
+            end: Event behind it.
+        """
+        counted = [0 if number in without else size for number, size in self.events[:end]]
+        now = most = sum(counted[:begin])
+        for size in counted[begin:]:
+            now += size
+            most = max(most, now)
         return most
 
     def _note(self, tensor: Tensor, *, is_of_weight: bool) -> None:
@@ -148,7 +165,7 @@ def count_pass(
     """
     # Two passes: the FLOP counter's module tracking keeps tensors alive that would be gone.
     flops = FlopCounterMode(display=False)
-    with FusedAttention(), flops:
+    with FusedKernels(), flops:
         with _autocast(precision):
             total = loss()
         forward_flops = flops.get_total_flops()
@@ -156,18 +173,21 @@ def count_pass(
     model.zero_grad(set_to_none=True)
     parameters = list(model.parameters())
     live = LiveBytes([*parameters, *model.buffers(), *inputs])
-    with FusedAttention(), live:
+    with FusedKernels(), live:
         with _autocast(precision):
             total = loss()
         kept, copies = live.alive(), live.alive_copies_of_weights()
+        turn = len(live.events)
         _backward(total)
-    gradients = {live.number(p.grad) for p in parameters if p.grad is not None}
+    found = {live.number(p.grad) for p in parameters if p.grad is not None}
+    gradients = {number for number in found if number is not None}
     return PassCounts(
         forward_flops=forward_flops,
         backward_flops=flops.get_total_flops() - forward_flops,
         kept_bytes=kept,
         weight_copy_bytes=copies,
-        peak_bytes=live.peak(without={number for number in gradients if number is not None}),
+        forward_peak_bytes=live.peak(without=gradients, end=turn),
+        backward_peak_bytes=live.peak(without=gradients, begin=turn),
     )
 
 
@@ -190,7 +210,7 @@ def count_saved_bytes(model: nn.Module, loss: Callable[[], Tensor], *, precision
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with FusedAttention(), _autocast(precision), hooks:
+    with FusedKernels(), _autocast(precision), hooks:
         total = loss()
     del total
     return sum(sizes)
@@ -199,7 +219,7 @@ def count_saved_bytes(model: nn.Module, loss: Callable[[], Tensor], *, precision
 def count_inference_flops(run: Callable[[], object]) -> int:
     """Return the FLOPs of a call without gradient."""
     flops = FlopCounterMode(display=False)
-    with torch.no_grad(), FusedAttention(), flops:
+    with torch.no_grad(), FusedKernels(), flops:
         run()
     return flops.get_total_flops()
 
@@ -207,9 +227,28 @@ def count_inference_flops(run: Callable[[], object]) -> int:
 def count_inference_peak(model: nn.Module, pixels: Tensor, run: Callable[[], object]) -> int:
     """Return the most bytes alive at once in a call without gradient, model and pixels left out."""
     live = LiveBytes([*model.parameters(), *model.buffers(), pixels])
-    with torch.no_grad(), FusedAttention(), live:
+    with torch.no_grad(), FusedKernels(), live:
         run()
     return live.peak(without=set())
+
+
+def _has_mask(query: Tensor, kwargs: dict[str, Any]) -> bool:
+    mask = kwargs.get("attn_mask")
+    # For tensors without data transformers writes out the causal mask that a GPU's kernel knows.
+    is_causal = (
+        isinstance(query, FakeTensor)
+        and mask is not None
+        and mask.dtype == torch.bool
+        and mask.shape[-1] == mask.shape[-2] == query.shape[-2]
+    )
+    return mask is not None and not is_causal
+
+
+def _dropout(
+    values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    dropped: Tensor = torch.native_dropout(values, p, train=True)[0] if training and p else values
+    return dropped
 
 
 def _backward(total: Tensor) -> None:

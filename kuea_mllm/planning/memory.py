@@ -39,7 +39,7 @@ def device_memory(
                 strict=True,
             )
         )
-        return _with_allowance(
+        return with_allowance(
             [
                 *frozen,
                 MemoryPart("working space", working, f"forward pass of {share} images, counted"),
@@ -77,7 +77,7 @@ def device_memory(
         MemoryPart("kernel matrices", 4 * 16 * batch**2, f"{batch} x {batch}"),
         MemoryPart("pixels", pixels, f"{share} images"),
     ]
-    return _with_allowance(parts)
+    return with_allowance(parts)
 
 
 def _frozen_memory(recipe: AlignRecipe, models: Models) -> list[MemoryPart]:
@@ -102,7 +102,8 @@ def _target_tokens(recipe: AlignRecipe, models: Models) -> int:
     return total
 
 
-def _with_allowance(parts: list[MemoryPart]) -> tuple[MemoryPart, ...]:
+def with_allowance(parts: list[MemoryPart]) -> tuple[MemoryPart, ...]:
+    """Return the parts that take anything, and what is assumed on top of them."""
     counted = sum(part.bytes for part in parts)
     allowance = _CONTEXT_BYTES + int(_ALLOCATOR_SHARE * counted)
     reason = "assumed: 0.75 GiB for CUDA context and workspaces, 3 % for the allocator"

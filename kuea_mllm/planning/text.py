@@ -13,7 +13,7 @@ from kuea_mllm.planning.plan import plan_alignment
 from kuea_mllm.planning.result import AlignmentPlan, Hours
 
 _HARDWARE = re.compile(r"--card (\S+) --processes (\d+)")
-_SECOND = (CARDS["h100"], 1)
+SECOND = (CARDS["h100"], 1)
 
 
 def plan_text(plan: AlignmentPlan, alternatives: Sequence[Alternative] = ()) -> str:
@@ -80,7 +80,7 @@ def estimate(plan: AlignmentPlan) -> str:
 def header_estimate(name: str, recipe: AlignRecipe, card: Card, processes: int) -> str:
     """Return the third header line of a recipe, without the `# `."""
     first = plan_alignment(recipe, card=card, processes=processes)
-    second = plan_alignment(recipe, card=_SECOND[0], processes=_SECOND[1])
+    second = plan_alignment(recipe, card=SECOND[0], processes=SECOND[1])
     return (
         f"Estimate: {estimate(first)}; {estimate(second)} "
         f"(kuea-mllm plan --recipe {name} --card {card.key} --processes {processes})."
@@ -96,7 +96,7 @@ def reference_hardware(recipe: ShippedRecipe) -> tuple[Card, int] | None:
 def recipes_markdown() -> str:
     """Return the table of all shipped alignment recipes."""
     rows = [
-        f"| recipe | what for | its reference hardware | 1 x {_SECOND[0].name} |",
+        f"| recipe | what for | its reference hardware | 1 x {SECOND[0].name} |",
         "|---|---|---|---|",
     ]
     for shipped in list_shipped("align"):
@@ -106,7 +106,7 @@ def recipes_markdown() -> str:
             recipe = load_recipe(shipped.name, AlignRecipe)
             plans = (
                 plan_alignment(recipe, card=card, processes=processes)
-                for card, processes in (hardware, _SECOND)
+                for card, processes in (hardware, SECOND)
             )
             cells = [estimate(plan) for plan in plans]
         rows.append(f"| `{shipped.name}` | {shipped.purpose} | {cells[0]} | {cells[1]} |")

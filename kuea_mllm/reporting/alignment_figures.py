@@ -59,6 +59,8 @@ _COURSE_LABELS = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "images_per_second": "images per second",
+    "samples_per_second": "samples per second",
+    "rows_per_second": "rows per second",
     "mfu": "share of peak FLOP/s",
 }
 
@@ -96,7 +98,11 @@ def kernel_constants(rows: Sequence[Row]) -> Figure:
 def training_course(rows: Sequence[Row]) -> Figure:
     """Draw learning rate, gradient norm and speed."""
     panels = [
-        Panel(label, {key: label}, from_zero=key in {"images_per_second", "mfu", "lr"})
+        Panel(
+            label,
+            {key: label},
+            from_zero=key in {f"{unit}_per_second" for unit in ("images", "samples", "rows")} | {"mfu", "lr"},
+        )
         for key, label in _COURSE_LABELS.items()
         if read_series(rows, key)[0].size
     ]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import safe_open
-from torch import Tensor
 
 from kuea_mllm.adapters.base import TowerSlot
 from kuea_mllm.model_files import TensorEntry, tensor_entries
 from kuea_mllm.towers.locate import expected_shapes, locate_tensors
+from kuea_mllm.towers.model_copy import RECORD_FILE
+from kuea_mllm.towers.shards import FileState
 
-MANIFEST_FILE = "kuea.json"
+MANIFEST_FILE = RECORD_FILE
 
 
 @dataclass(frozen=True)
@@ -33,26 +32,6 @@ class TowerPlace:
     def state(self, directory: Path | None = None) -> FileState:
         """Return the tensors, read when asked for; from a copy of the directory if given."""
         return FileState(directory or self.directory, self.entries)
-
-
-class FileState(Mapping[str, Tensor]):
-    """Reads tensors from disk when they are asked for, one at a time."""
-
-    def __init__(self, directory: Path, entries: Mapping[str, TensorEntry]) -> None:
-        self._directory = directory
-        self._entries = entries
-
-    def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        with safe_open(self._directory / entry.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(entry.name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 def locate_tower(base: Path, slot: TowerSlot) -> TowerPlace:

@@ -30,14 +30,14 @@ from kuea_mllm.model_files import (
     is_weight_file,
     tensor_entries,
 )
-from kuea_mllm.swapping.files import MANIFEST_FILE, TowerPlace
+from kuea_mllm.swapping.files import MANIFEST_FILE
 from kuea_mllm.swapping.fit import FittedState
-from kuea_mllm.swapping.write import copy_file, files_of, try_link, write_files
 from kuea_mllm.towers import convert, keys
 from kuea_mllm.towers.checkpoints import read_checkpoint_file
 from kuea_mllm.towers.fingerprint import ROUNDINGS, fingerprint_state
 from kuea_mllm.towers.load import load_tower
 from kuea_mllm.towers.locate import expected_shapes, locate_tensors
+from kuea_mllm.towers.model_copy import copy_file, copy_model, files_of, try_link
 from kuea_mllm.towers.save import save_tower
 from kuea_mllm.towers.shards import as_planned, loaded_shards, open_shard, write_safetensors
 from kuea_mllm.towers.tower import Tower
@@ -75,7 +75,7 @@ def write_reference_swap(
         done = _write_pickled(base, shards, places, tower, partial, link=link)
     else:
         new_state = FittedState(tower.canonical_state(), places, str(base)) if places else {}
-        done = write_files(TowerPlace(base, "", places), new_state, partial, link=link)
+        done = copy_model(base, places, new_state, partial, link=link)
     directory = partial / NAMED_TOWER_DIRECTORY
     if directory.exists():
         # The tower of an earlier swap.

@@ -17,11 +17,12 @@ from kuea_mllm.adapters.registry import adapter_for
 from kuea_mllm.errors import TowerError, UserError
 from kuea_mllm.io import read_json
 from kuea_mllm.model_files import INDEX_FILE, SINGLE_FILE, tensor_entries
-from kuea_mllm.swapping.files import FileState, locate_tower
+from kuea_mllm.swapping.files import locate_tower
 from kuea_mllm.swapping.fit import spec_of_slot
 from kuea_mllm.towers import keys
 from kuea_mllm.towers.fingerprint import fingerprint_state
 from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.shards import FileState
 from kuea_mllm.towers.spec import TowerSpec
 from kuea_mllm.towers.tower import Tower
 

@@ -29,9 +29,9 @@ from kuea_mllm.swapping.receipt import SwapReceipt
 from kuea_mllm.swapping.reference import write_reference_swap
 from kuea_mllm.swapping.report import CompatibilityReport
 from kuea_mllm.swapping.sources import TowerLike, tower_state
-from kuea_mllm.swapping.write import write_files
 from kuea_mllm.towers.fingerprint import fingerprint_all, fingerprint_state
 from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.model_copy import copy_model
 from kuea_mllm.towers.tower import Tower, build_model
 
 CARD_FILE = "README.md"
@@ -289,7 +289,8 @@ def _write_weights(
 ) -> tuple[TowerPlace, dict[str, tuple[str, ...]]]:
     if request.own_shard and not has_own_shard(place):
         return write_own_shard(place, new_state, partial, link=request.link, like=like)
-    return place, write_files(place, new_state, partial, link=request.link)
+    files = copy_model(place.directory, place.entries, new_state, partial, link=request.link)
+    return place, files
 
 
 def _write_reference(

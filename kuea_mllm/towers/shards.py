@@ -22,6 +22,7 @@ from kuea_mllm.model_files import (
     PICKLE_FILE,
     PICKLE_INDEX_FILE,
     SINGLE_FILE,
+    TensorEntry,
     shard_of_tensors,
 )
 from kuea_mllm.towers.checkpoints import read_checkpoint_file
@@ -130,6 +131,26 @@ def write_safetensors(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
                     f"{name} is {content.dtype} {tuple(content.shape)}, not as planned"
                 )
             stream.write(content.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class FileState(Mapping[str, Tensor]):
+    """Reads tensors from disk when they are asked for, one at a time."""
+
+    def __init__(self, directory: Path, entries: Mapping[str, TensorEntry]) -> None:
+        self._directory = directory
+        self._entries = entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        with safe_open(self._directory / entry.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(entry.name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 class _SafetensorsShard(Mapping[str, Tensor]):

@@ -101,7 +101,8 @@ def refuse_adapter_directory(path: Path) -> None:
     raise TowerError(
         f"{path} is a PEFT adapter (LoRA weights) for {base or 'a base it does not name'}, not a "
         "model: it holds differences only.",
-        "Merge first: load base and adapter with peft, call merge_and_unload(), save the result.",
+        "Merge first: `kuea-mllm merge DIR NEW` for that of a multimodal model; for that of a "
+        "tower load base and adapter with peft, call merge_and_unload(), save the result.",
     )
 
 

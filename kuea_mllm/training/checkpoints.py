@@ -34,7 +34,7 @@ class Snapshot:
 
     Attributes:
         step: Updates that are done.
-        weights: Student and objective.
+        weights: What is trained.
         pickles: File names and what goes into them by `torch.save`: tensors and plain values.
         texts: File names and their content.
         state: JSON values of this project.
@@ -202,13 +202,26 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Load student and objective strictly.
+    """Load all tensors of a model strictly.
+
+    Raises:
+        UserError: If a tensor is missing, unknown or of another shape.
+    """
+    load_named_weights(model.state_dict(), checkpoint)
+
+
+def load_named_weights(wanted: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Copy the weights of a checkpoint into tensors, strictly.
+
+    Args:
+        wanted: The tensors by name; changed in place.
+        checkpoint: Its directory.
 
     Raises:
         UserError: If a tensor is missing, unknown or of another shape.
     """
     path = checkpoint / WEIGHTS
-    found, wanted = load_file(path), model.state_dict()
+    found = load_file(path)
     remedy = "It is not a checkpoint of this recipe; drop the run with --restart."
     for names, what in ((wanted.keys() - found.keys(), "lacks"), (found.keys() - wanted, "has")):
         if names:
@@ -221,7 +234,9 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
                 f"{tuple(wanted[name].shape)}.",
                 remedy,
             )
-    model.load_state_dict(found)
+    with torch.no_grad():
+        for name, tensor in found.items():
+            wanted[name].copy_(tensor)
 
 
 def host_copy(value: Any) -> Any:

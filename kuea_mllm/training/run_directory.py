@@ -36,6 +36,9 @@ RECIPE, INPUTS, CHECKPOINTS, LOCK = "run.yaml", "inputs.json", "checkpoints", ".
 
 DROP = "Set it back, or drop the unfinished run with --restart."
 
+# Descriptors of the locks that this process holds.
+_HELD: set[int] = set()
+
 T = TypeVar("T")
 
 
@@ -285,9 +288,23 @@ def _locked(path: Path) -> Iterator[None]:
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        _leave_to_parent(descriptor)
         yield
     finally:
+        _HELD.discard(descriptor)
         os.close(descriptor)
+
+
+def _leave_to_parent(descriptor: int) -> None:
+    """Keep children out of a lock: a decoder outlives its killed parent by some seconds."""
+    if not _HELD:
+        os.register_at_fork(after_in_child=_close_held)
+    _HELD.add(descriptor)
+
+
+def _close_held() -> None:
+    while _HELD:
+        os.close(_HELD.pop())
 
 
 def _entries(path: Path) -> list[Path]:

@@ -64,7 +64,7 @@ class ResumableTrainer(Trainer):
         raise NotImplementedError
 
     def own_state(self) -> dict[str, Any]:
-        """Return what else the subclass needs to go on; JSON values."""
+        """Return what else the subclass needs to go on, JSON values; all processes are asked."""
         return {}
 
     def find_divergence(self) -> str | None:
@@ -107,13 +107,15 @@ class ResumableTrainer(Trainer):
                 self.diverged_remedy
                 + (f" The last good checkpoint is {last}." if last is not None else ""),
             )
-        pickles = self._random_states()  # of all processes
+        pickles, own = self._random_states(), self.own_state()  # of all processes
         # All of them end here if an earlier checkpoint could not be written.
         with fails_together():
             if self.args.should_save:
-                self._checkpoints.save(self._snapshot(weights, pickles))
+                self._checkpoints.save(self._snapshot(weights, pickles, own))
 
-    def _snapshot(self, weights: dict[str, Tensor], pickles: dict[str, Any]) -> Snapshot:
+    def _snapshot(
+        self, weights: dict[str, Tensor], pickles: dict[str, Any], own: dict[str, Any]
+    ) -> Snapshot:
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
         pickles["optimizer.pt"] = host_copy(optimizer.state_dict())
@@ -125,7 +127,7 @@ class ResumableTrainer(Trainer):
             weights=host_copy(weights),
             pickles=pickles,
             texts={TRAINER_STATE: json.dumps(state, indent=2, sort_keys=True)},
-            state={**self.own_state(), **self._run_state()},
+            state={**own, **self._run_state()},
         )
 
     def _random_states(self) -> dict[str, Any]:

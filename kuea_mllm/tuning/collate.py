@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from kuea_mllm.errors import DataError
 from kuea_mllm.log import LOGGER
+from kuea_mllm.training.distributed import gather_objects
 from kuea_mllm.tuning.examples import Example
 
 IGNORED = -100
 # What the model does not take; `DataCounter.take` removes it from a batch.
 _COUNTED = ("positions", "left_out", "unlabelled")
 _NAMED = 5
+
+# Ids, labels, and the number of tokens that were cut off.
+Row = tuple[list[int], list[int], int]
 
 
 class Collator:
@@ -72,28 +76,39 @@ class Collator:
         input_ids = torch.full((len(rows), width), self.pad_token_id)
         attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
         labels = torch.full((len(rows), width), IGNORED)
-        pixels: list[Tensor] = []
-        left_out = [example.left_out for example in examples]
-        for number, (example, (ids, targets, cut)) in enumerate(zip(examples, rows, strict=True)):
+        for number, (ids, targets, _) in enumerate(rows):
             input_ids[number, : len(ids)] = torch.tensor(ids)
             labels[number, : len(ids)] = torch.tensor(targets)
             attention_mask[number, : len(ids)] = 1
-            left_out[number] += cut
-            if self.image_token_id in ids:
-                pixels.append(_pixels_of(example))
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        if pixels:
-            batch["pixel_values"] = torch.stack(pixels)
-        elif self.idle_image_size is not None:
-            size = self.idle_image_size
-            batch["idle_pixel_values"] = torch.zeros(1, 3, size, size)
-        batch["positions"] = torch.tensor([example.position for example in examples])
-        batch["left_out"] = torch.tensor(left_out)
-        batch["unlabelled"] = (labels == IGNORED).all(dim=1)
-        return batch
+        return batch | self._of_samples(examples, rows)
 
-    def _row(self, example: Example) -> tuple[list[int], list[int], int]:
-        """Return ids, labels, and the number of tokens that were cut off."""
+    def count_tokens(self, example: Example) -> int:
+        """Return how many tokens a sample takes in a batch; its pixels are not looked at."""
+        return len(self._row(example)[0])
+
+    def _of_samples(self, examples: Sequence[Example], rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return what a batch holds of each sample, whichever row it is in."""
+        pixels = [
+            _pixels_of(example)
+            for example, (ids, _, _) in zip(examples, rows, strict=True)
+            if self.image_token_id in ids
+        ]
+        found = {"pixel_values": torch.stack(pixels)} if pixels else self._idle_pixels()
+        cuts = [e.left_out + cut for e, (_, _, cut) in zip(examples, rows, strict=True)]
+        unlabelled = [all(target == IGNORED for target in targets) for _, targets, _ in rows]
+        return found | {
+            "positions": torch.tensor([example.position for example in examples]),
+            "left_out": torch.tensor(cuts),
+            "unlabelled": torch.tensor(unlabelled),
+        }
+
+    def _idle_pixels(self) -> dict[str, Tensor]:
+        if self.idle_image_size is None:
+            return {}
+        return {"idle_pixel_values": torch.zeros(1, 3, self.idle_image_size, self.idle_image_size)}
+
+    def _row(self, example: Example) -> Row:
         ids, labels = example.input_ids[: self.max_length], example.labels[: self.max_length]
         cut = len(example.input_ids) - len(ids)
         if self.placeholder not in ids:
@@ -146,7 +161,20 @@ class DataCounter:
                     self._name(position),
                 )
 
-    def report(self) -> dict[str, Any]:
+    def require_something_learned(self) -> None:
+        """Refuse to go on where no sample so far had an answer to learn.
+
+        Raises:
+            DataError: If so.
+        """
+        if self.samples and self.unlabelled == self.samples:
+            raise DataError(
+                f"nothing can be learned from any of the first {self.samples} samples: their "
+                "answers were cut off, or cannot be told from their questions.",
+                "Set a larger data.max_length, or check the data with `kuea-mllm doctor --data`.",
+            )
+
+    def report(self) -> dict[str, int]:
         """Return the counts, for the run record."""
         return {
             "samples": self.samples,
@@ -154,6 +182,18 @@ class DataCounter:
             "tokens_left_out": self.left_out,
             "unlabelled_samples": self.unlabelled,
         }
+
+    def exchange(self) -> dict[str, int]:
+        """Return the counts of all processes together; all of them have to ask."""
+        reports = gather_objects(self.report())
+        return {key: sum(report[key] for report in reports) for key in reports[0]}
+
+    def load_report(self, report: Mapping[str, int]) -> None:
+        """Go on from `report`."""
+        self.samples = report["samples"]
+        self.truncated = report["truncated_samples"]
+        self.left_out = report["tokens_left_out"]
+        self.unlabelled = report["unlabelled_samples"]
 
 
 def _pixels_of(example: Example) -> Tensor:

@@ -136,7 +136,7 @@ def open_mixture(path: str | Path, *, cache: Path | None = None, progress: bool 
     folder = home / f"{checksum[:32]}-{_FORMAT}"
     if not folder.is_dir():
         create_directory(home)
-        with _one_at_a_time(home / f".{folder.name}.lock"):
+        with one_at_a_time(home / f".{folder.name}.lock"):
             if not folder.is_dir():
                 _build(path, folder, checksum, progress=progress)
     return Mixture(folder, source=path, count=_verify(folder, checksum))
@@ -254,7 +254,12 @@ def _checksum(path: Path) -> str:
 
 
 @contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Let one process of this machine at a time into a block.
+
+    Raises:
+        OutputError: If the lock file cannot be written.
+    """
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:

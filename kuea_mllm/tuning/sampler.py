@@ -155,9 +155,11 @@ def grouped_order(
 def rank_batches(
     order: Sequence[int], batch_size: int, *, world_size: int, rank: int
 ) -> list[list[int]]:
-    """Return the micro-batches of one process: dealt in turn, the tail filled from the start."""
+    """Return the micro-batches of one process, dealt in turn; a short tail is filled up."""
     share = batch_size * world_size
     missing = -len(order) % share
+    if world_size == 1:  # nobody waits for a full batch then
+        return _slices(list(order), batch_size)
     first = list(order[:share])
     fill = (first * (missing // len(first) + 1))[:missing] if first else []
     return _slices([*order, *fill], batch_size)[rank::world_size]

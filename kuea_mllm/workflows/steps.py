@@ -1,20 +1,25 @@
-"""Steps on the mini world that the quickstart and the study share."""
+"""Steps on the mini world that the quickstart and the studies share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kuea_mllm.adapters.registry import adapter_for
 from kuea_mllm.alignment.run import AlignmentResult, run_alignment
 from kuea_mllm.config.align import AlignRecipe
+from kuea_mllm.config.lora import LoraRecipe
 from kuea_mllm.config.recipes import load_recipe
 from kuea_mllm.evaluation.runner import evaluate
 from kuea_mllm.manifest import current_command
 from kuea_mllm.miniworld.encoder_eval import evaluate_encoder
+from kuea_mllm.miniworld.mixture import IMAGE_FOLDER
 from kuea_mllm.reporting.alignment import draw_alignment_figures
+from kuea_mllm.reporting.tuning import draw_tuning_figures
 from kuea_mllm.swapping import SwapReceipt, swap_tower_files
 from kuea_mllm.towers.load import load_tower
+from kuea_mllm.tuning.run import TuningResult, run_tuning
 
 # Small models answer fastest in large batches; answers do not depend on it.
 EVAL_BATCH = 100
@@ -27,6 +32,7 @@ def align_miniworld(
     out: Path,
     *,
     settings: dict[str, object],
+    overrides: Sequence[str] = (),
     show_progress: bool,
 ) -> AlignmentResult:
     """Align the CLIP of a world with its teacher by the shipped recipe, with some keys changed."""
@@ -37,7 +43,9 @@ def align_miniworld(
         "data.heldout": str(heldout),
         "runtime.device": "cpu",
     }
-    recipe = load_recipe("align/miniworld", AlignRecipe, settings={**fixed, **settings})
+    recipe = load_recipe(
+        "align/miniworld", AlignRecipe, settings={**fixed, **settings}, overrides=overrides
+    )
     return run_alignment(recipe, out, progress=show_progress, finish=draw_alignment_figures)
 
 
@@ -58,6 +66,37 @@ def swap_into_llava(world: Path, tower: Path, out: Path) -> SwapReceipt:
     )
 
 
+def tune_miniworld(
+    base: Path,
+    mixture: Path,
+    out: Path,
+    *,
+    settings: Mapping[str, object],
+    overrides: Sequence[str] = (),
+    show_progress: bool,
+) -> TuningResult:
+    """Tune a LLaVA by the shipped recipe, with some keys changed, and merge it.
+
+    Args:
+        base: Model directory.
+        mixture: Result of `write_mixture`.
+        out: Directory to create.
+        settings: Keys of the recipe `lora/miniworld` that are changed.
+        overrides: The same as `key.path=value`; they win.
+        show_progress: Show a progress bar.
+    """
+    fixed = {
+        "model.path": str(base),
+        "data.file": str(mixture),
+        "data.images": str(mixture.parent / IMAGE_FOLDER),
+        "runtime.device": "cpu",
+    }
+    recipe = load_recipe(
+        "lora/miniworld", LoraRecipe, settings={**fixed, **settings}, overrides=overrides
+    )
+    return run_tuning(recipe, out, merge=True, progress=show_progress, finish=draw_tuning_figures)
+
+
 def answer_questions(
     model: Path, tasks: Path, out: Path, *, seed: int, show_progress: bool
 ) -> dict[str, Any]:
@@ -71,4 +110,6 @@ def answer_questions(
         seed=seed,
         command=current_command(),
         show_progress=show_progress,
+        # What an interrupted workflow left behind is no reason to refuse the next.
+        restart=True,
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,20 @@ import numpy as np
 
 from kuea_mllm import __version__
 from kuea_mllm.config.recipes import find_recipe
-from kuea_mllm.errors import OutputError, UserError
 from kuea_mllm.io import atomic_directory, read_json, write_json
 from kuea_mllm.log import LOGGER
 from kuea_mllm.manifest import current_command, library_versions
+from kuea_mllm.workflows.worlds import (
+    TRAIN_IMAGES,
+    find_world,
+    is_measured,
+    obtain_world,
+    open_study,
+    run_seeds,
+    world_identity,
+    write_inputs,
+)
 
-TRAIN_IMAGES = 12_000
-HELDOUT_IMAGES = 512
 PICTURES_PER_SET = 1000
 
 # Each variant is the shipped recipe with some keys changed; the first is the method itself.
@@ -70,25 +75,12 @@ def run_study(
     settings = StudySettings(
         questions=questions, split=split, recipe=hashlib.sha256(recipe.encode()).hexdigest()
     )
-    given = {seed: _world(worlds, seed) for seed in range(seeds)}
-    _open(out, settings)
-    _write_shared(out, settings)
-    todo = [seed for seed in range(seeds) if not _is_done(out, seed, given[seed])]
+    given = {seed: find_world(worlds, seed) for seed in range(seeds)}
+    open_study(out, asdict(settings))
+    write_inputs(out, split=split, train_images=settings.train_images, questions=questions)
+    todo = [seed for seed in range(seeds) if not is_measured(out, seed, given[seed])]
     LOGGER.info("%d of %d seeds to do, %d at once", len(todo), seeds, jobs)
-    if jobs == 1:
-        for seed in todo:
-            _study_seed(out, seed, given[seed], settings)
-    else:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        with ProcessPoolExecutor(
-            jobs,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_limit_threads,
-            initargs=(threads,),
-        ) as pool:
-            futures = [pool.submit(_study_seed, out, seed, given[seed], settings) for seed in todo]
-            for future in futures:
-                future.result()
+    run_seeds(functools.partial(_study_seed, out, given, settings), todo, jobs=jobs)
     results = [read_json(out / f"seed{seed}" / "result.json") for seed in range(seeds)]
     study = {
         "settings": asdict(settings),
@@ -178,21 +170,17 @@ def print_study(study: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def _study_seed(out: Path, seed: int, world: Path | None, settings: StudySettings) -> None:
+def _study_seed(
+    out: Path, given: Mapping[int, Path | None], settings: StudySettings, seed: int
+) -> None:
     # Heavy imports belong to the process that does the work.
-    from kuea_mllm.miniworld import ASSETS
-    from kuea_mllm.miniworld.build import build_world
     from kuea_mllm.workflows.steps import score_encoder
 
-    if world is None:
-        world = out / "worlds" / f"seed{seed}"
-        if not world.exists():
-            # One teacher for all seeds, as DINOv2 is one model: the spread is CLIP's and LLaVA's.
-            build_world(world, seed=seed, teacher=ASSETS / "teacher", progress=False)
+    world = obtain_world(out, seed, given[seed])
     with atomic_directory(out / f"seed{seed}") as partial:
         result: dict[str, Any] = {
             "seed": seed,
-            "world": _world_id(world),
+            "world": world_identity(world),
             "original": {
                 "encoder": score_encoder(
                     world / "clip",
@@ -250,74 +238,6 @@ def _score_llava(model: Path, out: Path, results: Path, seed: int) -> dict[str, 
     }
     scores["average"] = float(np.mean(list(scores.values())))
     return scores
-
-
-def _open(out: Path, settings: StudySettings) -> None:
-    record = out / "settings.json"
-    wanted = {**asdict(settings), "variants": list(settings.variants)}
-    if not out.exists():
-        out.mkdir(parents=True)
-        write_json(record, wanted)
-    elif not record.exists():
-        raise OutputError(f"output {out} exists and holds no study.", "Choose another --out.")
-    elif (found := read_json(record)) != wanted:
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
-        raise OutputError(
-            f"output {out} holds a study with other settings: {', '.join(differing)}.",
-            "Choose another --out, or repeat the settings in settings.json.",
-        )
-
-
-def _write_shared(out: Path, settings: StudySettings) -> None:
-    from kuea_mllm.miniworld.images import write_images
-    from kuea_mllm.miniworld.tasks import write_tasks
-
-    # The same pictures and questions for every seed: spread then comes from models, not data.
-    if not (out / "images").exists():
-        write_images(out / "images", split="train", count=settings.train_images, seed=0)
-    if not (out / "heldout").exists():
-        write_images(out / "heldout", split=settings.split, count=HELDOUT_IMAGES, seed=1)
-    if not (out / "tasks").exists():
-        write_tasks(
-            out / "tasks", split=settings.split, questions_per_task=settings.questions, seed=0
-        )
-
-
-def _is_done(out: Path, seed: int, world: Path | None) -> bool:
-    result = out / f"seed{seed}" / "result.json"
-    if not result.exists():
-        return False
-    if world is not None and read_json(result)["world"] != _world_id(world):
-        raise OutputError(
-            f"{result} was measured on another world than {world}.", "Choose another --out."
-        )
-    return True
-
-
-def _world_id(world: Path) -> str:
-    """Hash the weights of CLIP and LLaVA; the teacher is the same in every world."""
-    digest = hashlib.sha256()
-    for part in ("clip", "llava"):
-        digest.update((world / part / "model.safetensors").read_bytes())
-    return digest.hexdigest()
-
-
-def _world(worlds: Path | None, seed: int) -> Path | None:
-    if worlds is None:
-        return None
-    world = worlds / f"seed{seed}"
-    if not (world / "world.json").is_file():
-        raise UserError(
-            f"world {world} is missing or incomplete.",
-            f"Build it: kuea-mllm world build --seed {seed} --out {world}",
-        )
-    return world
-
-
-def _limit_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def _mean_and_spread(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float | None]:

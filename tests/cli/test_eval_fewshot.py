@@ -57,3 +57,19 @@ def test_mistyped_options_are_named(
     answer = dry_run(kuea, model, *options)
     assert answer.code == 2
     assert message in answer.err
+
+
+def test_resumption_needs_something_to_resume(kuea: Any, model: Path) -> None:
+    chosen = ["--set", f"data.vqav2={model}", "--set", "fewshot.datasets=[vqav2]"]
+    answer = dry_run(kuea, model, *chosen, "--resume")
+    assert answer.code == 2
+    assert "there is no unfinished evaluation to resume" in answer.err
+    column = model / "out.unfinished" / "columns" / "x"
+    column.mkdir(parents=True)
+    (column / "column.json").write_text("{}")
+    (model / "out.unfinished" / "evaluation.json").write_text("{}")
+    answer = dry_run(kuea, model, *chosen)
+    assert answer.code == 2
+    assert "(finished columns: 1)" in answer.err
+    assert dry_run(kuea, model, *chosen, "--resume").code == 0
+    assert dry_run(kuea, model, *chosen, "--restart").code == 0

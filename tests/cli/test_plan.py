@@ -63,12 +63,26 @@ def test_settings_that_fit_are_named_where_a_recipe_does_not_fit():
         (["--set=student.model=nobody/nothing"], "student.model"),
         (["--set=teacher.model=timm:vit_tiny"], "teacher.model"),
         (["--recipe=align/miniworld"], "'student.model' is not set"),
+        (["--mean-tokens=9"], "--mean-tokens says nothing about a recipe of kind 'align'"),
+        (["--recipe=llava15-7b-665k-4x4090", "--images=9"], "kind 'lora'"),
+        (["--recipe=lora/miniworld"], "'model.path' is not set"),
+        (["--recipe=lora/openflamingo3b", "--set=model.path=nobody/nothing"], "nobody/nothing"),
     ],
 )
 def test_wrong_request_is_one_clear_line(arguments, expected):
     answer = run(*arguments)
     assert answer.exit_code == 2
     assert expected in answer.stderr
+
+
+def test_tuning_is_recognised_by_the_recipe_s_kind():
+    answer = run("--recipe=lora/openflamingo3b", "--set=data.max_length=64", "--json")
+    assert answer.exit_code == 0, answer.stderr
+    plan = json.loads(answer.stdout)
+    assert plan["trained"]["LoRA"] == 100_663_296
+    assert plan["fits"]
+    assert plan["choice"]["settings"] == []
+    assert sum(part["bytes"] for part in plan["memory"]) == plan["memory_bytes"]
 
 
 def test_module_loads_no_torch():

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from golden_llava import TOWER_PREFIX, original_directory, tower_directory, tower_of
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -35,31 +35,7 @@ VISION: dict[str, Any] = json.loads((MODEL / "vision_tower_config.json").read_te
 VOCABULARY: int = json.loads((MODEL / "config.json").read_text())["vocab_size"]
 IMAGE_ID, PAD_ID = VOCABULARY, VOCABULARY + 1
 PATCHES = (VISION["image_size"] // VISION["patch_size"]) ** 2
-TOWER_PREFIX = "model.vision_tower.vision_tower."
 TOLERANCE = 5e-5
-
-
-def tower_directory(out: Path, state: dict[str, Tensor]) -> Path:
-    out.mkdir(parents=True)
-    shutil.copy(MODEL / "vision_tower_config.json", out / "config.json")
-    shutil.copy(MODEL / "preprocessor_config.json", out)
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    return out
-
-
-def original_directory(out: Path, state: dict[str, Tensor], tower: Path) -> Path:
-    """A complete directory in the original layout, whose configuration names a local tower."""
-    out.mkdir()
-    config = json.loads((MODEL / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"mm_vision_tower": str(tower)}))
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    shutil.copytree(GOLDEN / RUNS["token_ids_from"], out, dirs_exist_ok=True)
-    return out
-
-
-def tower_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = [name for name in state if name.startswith(TOWER_PREFIX)]
-    return {name.removeprefix(TOWER_PREFIX): state[name] for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +44,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     state = load_file(MODEL / "weights.safetensors")
     return original_directory(
-        folder / "model", state, tower_directory(folder / "tower", tower_of(state))
+        folder / "model",
+        state,
+        tower_directory(folder / "tower", tower_of(state)),
+        tokenizer=RUNS["token_ids_from"],
     )
 
 
@@ -82,7 +61,10 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, tensor in load_file(MODEL / "weights.safetensors").items()
     }
     return original_directory(
-        folder / "model", state, tower_directory(folder / "tower", tower_of(state))
+        folder / "model",
+        state,
+        tower_directory(folder / "tower", tower_of(state)),
+        tokenizer=RUNS["token_ids_from"],
     )
 
 

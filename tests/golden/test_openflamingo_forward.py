@@ -22,7 +22,7 @@ from openflamingo_golden import (
 )
 from torch import Tensor, nn
 
-from kuea_mllm.adapters.openflamingo.media import media_index, released_media_index
+from kuea_mllm.adapters.openflamingo.media import media_index
 
 CONFIG: dict[str, Any] = index()["config"]
 CASES = cases_with("logits")
@@ -206,6 +206,20 @@ def prefilled() -> Any:
         attention_mask=case("fewshot")["attention_mask"],
         use_cache=True,
     )
+
+
+def released_media_index(
+    seen: Tensor, new_ids: Tensor, image_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Continue a text as the original does, whose bookkeeping restarts with a generated `<image>`.
+
+    As soon as one row's new ids hold an `<image>`, the original forgets the counts of all rows, so
+    that the others see no image from there on.
+    """
+    if (new_ids == image_token_id).any():
+        index = media_index(new_ids, image_token_id)
+        return index, index[:, -1]
+    return seen[:, None].expand_as(new_ids), seen
 
 
 @torch.no_grad()

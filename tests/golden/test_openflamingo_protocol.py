@@ -19,11 +19,11 @@ from openflamingo_golden import (
 )
 from PIL import Image
 
+from kuea_mllm.adapters.fewshot_text import cut_answer, cut_caption
 from kuea_mllm.adapters.openflamingo.released_beam import released_beam_search
 from kuea_mllm.adapters.openflamingo.runtime import OpenFlamingoRuntime
 from kuea_mllm.errors import UserError
 from kuea_mllm.evaluation.fewshot.captions import corpus_cider, score_captions, tokenise
-from kuea_mllm.evaluation.fewshot.postprocess import cut_answer, cut_caption
 from kuea_mllm.evaluation.fewshot.sampling import draw_released
 from kuea_mllm.evaluation.fewshot.scoring import label_probability, roc_auc
 from kuea_mllm.evaluation.fewshot.vqa_accuracy import (
@@ -59,10 +59,10 @@ def test_released_draw_is_the_original_one(run: dict[str, Any]) -> None:
         run["seed"],
         query_set=SAMPLING["query_set_size"],
     )
-    assert draw.query_set[:10] == run["query_set_first10"]
-    assert sum(draw.query_set) == run["query_set_sum"]
-    assert draw.documents == run["test_order"]
-    assert draw.demonstrations == run["demo_train_indices"]
+    assert draw.query_set[:10].tolist() == run["query_set_first10"]
+    assert draw.query_set.sum() == run["query_set_sum"]
+    assert draw.documents.tolist() == run["test_order"]
+    assert draw.demonstrations.tolist() == run["demo_train_indices"]
 
 
 @pytest.mark.parametrize("case", PROTOCOL["caption_postprocess"], ids=lambda case: case["raw"])

@@ -167,6 +167,8 @@ def build_model(folder: Path) -> None:
 
 
 def run_everything(folder: Path) -> dict[str, str]:
+    import gc
+
     import torch
     from lmms_eval.api.task import ConfigurableTask
     from tenacity import wait_none
@@ -174,6 +176,8 @@ def run_everything(folder: Path) -> dict[str, str]:
     from kuea_mllm.evaluation import runner
     from kuea_mllm.miniworld.tasks import write_tasks
 
+    # lmms-eval collects garbage twice after each task, and all libraries are there to be looked at.
+    gc.freeze()
     torch.set_num_threads(1)
     # lmms-eval waits two seconds before each of its four retries.
     ConfigurableTask.download.retry.wait = wait_none()

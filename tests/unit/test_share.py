@@ -283,7 +283,7 @@ UNFIT: dict[str, Callable[[Path], Any]] = {
     r"has no model card": remove("README.md"),
     r"preprocessor_config\.json is missing": remove("preprocessor_config.json"),
     r"holds no weights": remove("model.safetensors"),
-    r"kind 'calibration'; only tower and mllm": edit_json("kuea.json", kind="calibration"),
+    r"kind 'calibration'; only tower, mllm and lora": edit_json("kuea.json", kind="calibration"),
     r"holds vision tower \w+, but its kuea\.json records": change_weights,
     r"model\.safetensors is cut short": cut_weights,
     r"does not state license": edit_card('license: "other"', ""),

@@ -44,13 +44,16 @@ class Completer:
         """
         counts = self.runtime.token_counts([question.prompt for question in questions])
         for question, count in zip(questions, counts, strict=True):
-            room = self.runtime.prompt_room(question.settings.max_new_tokens)
-            if count > room:
-                raise EvaluationError(
-                    f"task {question.task}, document {question.doc_id}: the prompt has {count} "
-                    f"tokens, more than the {room} there is room for.",
-                    "Use fewer demonstrations (--shots).",
-                )
+            require_fit(question.task, question.doc_id, count, self.room(question.settings))
+
+    def room(self, settings: GenerationSettings) -> int:
+        """Return the most tokens that a prompt may have with what follows it."""
+        names = settings.class_names
+        if not names:
+            return self.runtime.prompt_room(settings.max_new_tokens)
+        lengths = self.runtime.token_counts(names)
+        # The published ranking feeds all names one after another, their last tokens included.
+        return self.runtime.prompt_room(sum(lengths) + 1 if settings.released else max(lengths))
 
     def answer(
         self,
@@ -78,4 +81,18 @@ class Completer:
             temperature=settings.temperature,
             top_p=settings.top_p,
             released=settings.released,
+        )
+
+
+def require_fit(task: str, doc_id: int, count: int, room: int) -> None:
+    """Refuse a prompt that is longer than the room for it.
+
+    Raises:
+        EvaluationError: Naming its document.
+    """
+    if count > room:
+        raise EvaluationError(
+            f"task {task}, document {doc_id}: the prompt has {count} tokens, more than the {room} "
+            "there is room for.",
+            "Use fewer demonstrations (--shots).",
         )

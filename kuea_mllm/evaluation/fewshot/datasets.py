@@ -29,7 +29,7 @@ class FewShotData:
     Attributes:
         name: As in recipes.
         style: Which prompt, post-processing and metric it has.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Most tokens of an answer; of no effect where class names are ranked.
         read: Reads one part of a folder.
         stem_source: File whose `raw_answer` and `answer` teach the stems that answers are
             compared by; None where answers are compared as they are.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """An image with what is known about it; fields of other data sets stay empty.
 
@@ -19,7 +20,7 @@ class Example:
         question: The question, or the text that is written on a meme.
         answers: Annotated answers in their order.
         entries: For each answer the place of the first annotation that is the same in all its
-            fields; equal to its own place wherever annotations are numbered.
+            fields, the answer being normalised; its own place wherever annotations are numbered.
         captions: Reference captions, the first one first.
         label: Class of a meme.
     """
@@ -42,7 +43,8 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def example_row(example: Example) -> dict[str, Any]:
     """Return the fields that hold something; empty lists have no type in a table."""
-    return {name: value for name, value in asdict(example).items() if value not in ((), None)}
+    values = ((field.name, getattr(example, field.name)) for field in fields(Example))
+    return {name: value for name, value in values if value not in ((), None)}
 
 
 def read_examples(path: Path) -> dict[int, Example]:
@@ -53,9 +55,14 @@ def read_examples(path: Path) -> dict[int, Example]:
         for line in file:
             row = json.loads(line)
             values: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value
+                name: tuple(map(_shared, value)) if isinstance(value, list) else _shared(value)
                 for name, value in row.items()
                 if name in known
             }
             found[int(row["number"])] = Example(**values)
     return found
+
+
+def _shared(value: Any) -> Any:
+    # Millions of annotated answers are few different texts.
+    return sys.intern(value) if isinstance(value, str) else value

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kuea_mllm.evaluation.fewshot.datasets import Style
 from kuea_mllm.io import read_json, write_json
@@ -18,7 +23,8 @@ class Plan:
         shots: Shots as they are called; zero shows two demonstrations without their images.
         documents: File of the questions.
         pool: File of the demonstrations.
-        demonstrations: For each document the numbers of its demonstrations, in their order.
+        demonstrations: The numbers of each document's demonstrations in their order, (documents,
+            shots), int32.
         passes_images: Whether the images of the demonstrations are passed to the model.
     """
 
@@ -26,15 +32,27 @@ class Plan:
     shots: int
     documents: str
     pool: str
-    demonstrations: list[list[int]]
+    demonstrations: npt.NDArray[np.int32]
     passes_images: bool
 
 
 def write_plan(path: Path, plan: Plan) -> None:
-    """Write a plan."""
-    write_json(path, asdict(plan))
+    """Write a plan as JSON, with the demonstrations in an array file beside it."""
+    values: dict[str, Any] = {**vars(plan)}
+    np.save(path.with_suffix(".npy"), values.pop("demonstrations"))
+    write_json(path, values)
 
 
 def read_plan(path: Path) -> Plan:
     """Read a plan back."""
-    return Plan(**read_json(path))
+    return Plan(**read_json(path), demonstrations=np.load(path.with_suffix(".npy")))
+
+
+def write_shown(path: Path, plan: Plan, seed: int) -> None:
+    """Write for people which demonstrations each document was shown, a line for each document."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f'{{\n  "shots": {plan.shots},\n  "seed": {seed},\n  "demonstrations": [')
+        for number, row in enumerate(plan.demonstrations):
+            file.write(("," if number else "") + "\n    " + json.dumps(row.tolist()))
+        file.write("\n  ]\n}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from kuea_mllm.evaluation.fewshot.datasets import CLASS_NAMES, Style
@@ -9,25 +10,49 @@ from kuea_mllm.evaluation.fewshot.examples import Example
 
 IMAGE = "<image>"
 END = "<|endofchunk|>"
-TEXT_ONLY_SHOTS = 2
-"""Demonstrations that a zero-shot prompt shows, without their images."""
+
+# What the tokenizer takes for a special token wherever it stands in a prompt.
+_SPECIAL = re.compile(r"<(image|PAD|\|endofchunk\||\|endoftext\||\|padding\|)>")
 
 # A newline stands behind each demonstration, but not in memes.
 _SEPARATORS: dict[Style, str] = {"caption": "\n", "vqa": "\n", "hateful": ""}
 
 
-def demonstration(style: Style, example: Example) -> str:
-    """Write a solved example, up to and including its end token."""
-    return question(style, example) + _answer(style, example) + END
+def plain(text: str) -> str:
+    """Write special tokens in the words of a data set so that they are words: `< image>`.
+
+    Left as they are, `<image>` would count as a place for an image and `<|endofchunk|>` would end a
+    demonstration.
+    """
+    return _SPECIAL.sub(r"< \1>", text)
+
+
+def holds_special(style: Style, example: Example, *, is_solved: bool) -> bool:
+    """Say whether the words that a prompt takes from an example hold a special token."""
+    words = [example.question, *([_answer(style, example)] if is_solved else [])]
+    return any(map(_SPECIAL.search, words))
+
+
+def demonstration(style: Style, example: Example, *, with_image: bool = True) -> str:
+    """Write a solved example, up to what separates it from the next.
+
+    Args:
+        style: Which prompt.
+        example: The example.
+        with_image: False leaves out its image tag.
+    """
+    solved = question(style, example) + plain(_answer(style, example)) + END + _SEPARATORS[style]
+    return solved if with_image else solved.removeprefix(IMAGE)
 
 
 def question(style: Style, example: Example) -> str:
     """Write an example up to where its answer goes."""
     if style == "caption":
         return f"{IMAGE}Output:"
+    words = plain(example.question)
     if style == "vqa":
-        return f"{IMAGE}Question:{example.question} Short answer:"
-    return f"{IMAGE}is an image with: '{example.question}' written on it. Is it hateful? Answer:"
+        return f"{IMAGE}Question:{words} Short answer:"
+    return f"{IMAGE}is an image with: '{words}' written on it. Is it hateful? Answer:"
 
 
 def build_prompt(
@@ -42,10 +67,7 @@ def build_prompt(
         with_images: False removes the image tags of the demonstrations, as zero-shot prompts have
             it; the question keeps its own.
     """
-    separator = _SEPARATORS[style]
-    context = "".join(demonstration(style, example) + separator for example in shown)
-    if not with_images:
-        context = context.replace(IMAGE, "")
+    context = "".join(demonstration(style, example, with_image=with_images) for example in shown)
     return context + question(style, asked)
 
 

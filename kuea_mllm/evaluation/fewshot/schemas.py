@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from kuea_mllm.errors import DataError
 from kuea_mllm.evaluation.fewshot.examples import Example
+from kuea_mllm.evaluation.fewshot.json_stream import stream_entries
+from kuea_mllm.evaluation.fewshot.vqa_accuracy import normalise_answer
 
 T = TypeVar("T")
 Part = Literal["train", "test"]
@@ -52,7 +56,6 @@ def read_karpathy(
         DataError: Naming the file and what is wrong with it.
     """
     path = folder / file
-    content = _read(path)
 
     def example(image: Mapping[str, Any]) -> Example:
         where = image["filepath"] if images is None else images
@@ -63,7 +66,10 @@ def read_karpathy(
             raise DataError(f"file {path}: image {name} has no sentences.")
         return Example(str(folder / where / name), str(number), captions=captions)
 
-    return _converted(path, lambda: [example(i) for i in content["images"] if i["split"] == part])
+    return _converted(
+        path,
+        lambda: [example(i) for i in stream_entries(path, "images") if i["split"] == part],
+    )
 
 
 def read_vqa(folder: Path, part: Part, *, files: VqaFiles) -> list[Example]:
@@ -75,26 +81,54 @@ def read_vqa(folder: Path, part: Part, *, files: VqaFiles) -> list[Example]:
     name = "train" if part == "train" else "val"
     questions = folder / files.questions.format(part=name)
     annotations = folder / files.annotations.format(part=name)
-    asked, answered = _read(questions), _read(annotations)
+    # Of VQAv2 each part has millions of annotations: parsed one at a time, texts kept once.
     answers = _converted(
-        annotations, lambda: {a["question_id"]: a["answers"] for a in answered["annotations"]}
+        annotations,
+        lambda: {
+            a["question_id"]: _read_answers(a["answers"])
+            for a in stream_entries(annotations, "annotations")
+        },
     )
 
     def example(question: Mapping[str, Any]) -> Example:
         number, image = question["question_id"], question["image_id"]
-        if not answers.get(number):
+        given, entries = answers.get(number, ((), ()))
+        if not given:
             raise DataError(f"file {annotations} has no answers to question {number}.")
-        given = answers[number]
         return Example(
-            image=str(folder / files.image.format(part=name, id=image)),
-            image_id=str(image),
+            image=sys.intern(str(folder / files.image.format(part=name, id=image))),
+            image_id=sys.intern(str(image)),
             question=str(question["question"]),
-            answers=tuple(str(answer["answer"]) for answer in given),
-            # `index` compares all fields, which tells identical annotations from numbered ones.
-            entries=tuple(given.index(answer) for answer in given),
+            answers=given,
+            entries=entries,
         )
 
-    return _converted(questions, lambda: [example(q) for q in asked["questions"]])
+    return _converted(
+        questions, lambda: [example(q) for q in stream_entries(questions, "questions")]
+    )
+
+
+def _read_answers(given: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the answers to a question, and for each the place of the first that is the same."""
+    answers = tuple(sys.intern(str(answer["answer"])) for answer in given)
+    if len({str(answer.get("answer_id")) for answer in given}) == len(given):
+        return answers, _places(len(given))
+    # The published scorer writes the normalised answers back before it compares annotations, so
+    # that "2" and "two" of equally sure annotators are the same one.
+    seen: dict[Any, int] = {}
+    kinds = (
+        (_normalised(text), repr(sorted((k, v) for k, v in answer.items() if k != "answer")))
+        for text, answer in zip(answers, given, strict=True)
+    )
+    return answers, tuple(seen.setdefault(kind, place) for place, kind in enumerate(kinds))
+
+
+_normalised = lru_cache(maxsize=1 << 16)(normalise_answer)
+
+
+@lru_cache(maxsize=64)
+def _places(count: int) -> tuple[int, ...]:
+    return tuple(range(count))
 
 
 def read_hateful_memes(folder: Path, part: Part) -> list[Example]:
@@ -122,12 +156,11 @@ def read_stem_pairs(path: Path) -> list[tuple[str, str]]:
     Raises:
         DataError: Naming the file and what is wrong with it.
     """
-    content = _read(path)
     return _converted(
         path,
         lambda: [
-            (str(answer["raw_answer"]), str(answer["answer"]))
-            for annotation in content["annotations"]
+            (sys.intern(str(answer["raw_answer"])), sys.intern(str(answer["answer"])))
+            for annotation in stream_entries(path, "annotations")
             for answer in annotation["answers"]
         ],
     )

@@ -9,13 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kuea_mllm.adapters.fewshot_text import cut_answer, cut_caption
 from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.fewshot.captions import score_captions
 from kuea_mllm.evaluation.fewshot.datasets import CLASS_NAMES
 from kuea_mllm.evaluation.fewshot.examples import read_examples
 from kuea_mllm.evaluation.fewshot.images import StoredImage
 from kuea_mllm.evaluation.fewshot.plan import Plan, read_plan
-from kuea_mllm.evaluation.fewshot.postprocess import cut_answer, cut_caption
 from kuea_mllm.evaluation.fewshot.prompts import build_prompt
 from kuea_mllm.evaluation.fewshot.stemming import Stemmer, load_language
 from kuea_mllm.evaluation.fewshot.vqa_accuracy import vqa_accuracy
@@ -28,7 +28,7 @@ def doc_to_text(doc: Document, lmms_eval_specific_kwargs: Mapping[str, Any]) -> 
     """Return the prompt of a document, demonstrations included."""
     plan, pool, asked = _opened(str(lmms_eval_specific_kwargs["plan"]))
     number = int(doc["number"])
-    shown = [pool[index] for index in plan.demonstrations[number]]
+    shown = [pool[index] for index in plan.demonstrations[number].tolist()]
     return build_prompt(plan.style, shown, asked[number], with_images=plan.shots > 0)
 
 
@@ -36,7 +36,7 @@ def doc_to_visual(doc: Document, lmms_eval_specific_kwargs: Mapping[str, Any]) -
     """Return the images of the prompt in order, the document's own last."""
     plan, pool, asked = _opened(str(lmms_eval_specific_kwargs["plan"]))
     number = int(doc["number"])
-    shown = plan.demonstrations[number] if plan.passes_images else []
+    shown = plan.demonstrations[number].tolist() if plan.passes_images else []
     paths = [*(pool[index].image for index in shown), asked[number].image]
     return [StoredImage(path) for path in paths]
 

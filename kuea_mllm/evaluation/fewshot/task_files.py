@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
+from kuea_mllm.adapters.fewshot_text import TEXT_ONLY_SHOTS
 from kuea_mllm.config.evaluate import FewShotSettings
 from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.fewshot.captions import require_java
 from kuea_mllm.evaluation.fewshot.datasets import CLASS_NAMES, DATASETS, FewShotData
 from kuea_mllm.evaluation.fewshot.examples import Example, example_row, write_lines
 from kuea_mllm.evaluation.fewshot.plan import Plan, write_plan
-from kuea_mllm.evaluation.fewshot.prompts import TEXT_ONLY_SHOTS
+from kuea_mllm.evaluation.fewshot.prompts import holds_special
 from kuea_mllm.evaluation.fewshot.sampling import (
     Draw,
     draw_released,
@@ -51,6 +55,8 @@ class FewShotTask:
         shots: Shots as they are called.
         seed: Seed of the trial.
         path: Its YAML file.
+        generation: How it is decoded.
+        content: Hash of its questions and demonstrations.
     """
 
     name: str
@@ -58,10 +64,17 @@ class FewShotTask:
     shots: int
     seed: int
     path: Path
+    generation: Mapping[str, Any]
+    content: str
 
 
 def write_fewshot_tasks(
-    folder: Path, settings: FewShotSettings, data: Mapping[str, str], *, limit: int | None = None
+    folder: Path,
+    settings: FewShotSettings,
+    data: Mapping[str, str],
+    *,
+    limit: int | None = None,
+    device: str = "auto",
 ) -> list[FewShotTask]:
     """Write the tasks of a run into an empty folder, with all that they need but the images.
 
@@ -71,13 +84,15 @@ def write_fewshot_tasks(
         folder: Existing folder; the files name it by its absolute path.
         settings: Data sets, shots, trials.
         data: Folder of each data set.
-        limit: Documents per task that the run will use; images of others need not be there.
+        limit: Documents per task that the run will use; others are left out, and their images need
+            not be there.
+        device: Where images are embedded for the retrieval of demonstrations.
 
     Raises:
         UserError: If a folder, file, image, tool or enough demonstrations are missing.
     """
     require_inputs(settings, data)
-    retriever = _open_retriever(settings)
+    retriever = _open_retriever(settings, device)
     tasks: list[FewShotTask] = []
     for name in settings.datasets:
         kind, source = DATASETS[name], Path(data[name])
@@ -110,12 +125,12 @@ def require_inputs(settings: FewShotSettings, data: Mapping[str, str]) -> None:
         load_language()
 
 
-def _open_retriever(settings: FewShotSettings) -> Retriever | None:
+def _open_retriever(settings: FewShotSettings, device: str) -> Retriever | None:
     if settings.retrieval is None:
         return None
     from kuea_mllm.evaluation.fewshot.retrieval import Retriever
 
-    return Retriever(settings.retrieval)
+    return Retriever(settings.retrieval, device=device)
 
 
 class _Writer:
@@ -154,47 +169,76 @@ class _Writer:
                 self.settings.query_set,
             )
         stems = self._write_stems()
-        seeds = range(self.settings.seed, self.settings.seed + self.settings.trials)
-        draws = {
-            (seed, shots): self._draw(train, test, shots or TEXT_ONLY_SHOTS, seed)
-            for seed in seeds
-            for shots in self.settings.shots
-        }
-        used = {
-            index
-            for draw in draws.values()
-            for row in self._first(draw.demonstrations)
-            for index in row
-        }
         pool = self.folder / f"{self.data.name}_demonstrations.jsonl"
+        tasks = []
+        used: set[int] = set()
+        draws = self._draw_all(train, test, max(wanted))
+        for seed, most in draws.items():
+            for shots in self.settings.shots:
+                draw = self._for_shots(most, shots or TEXT_ONLY_SHOTS, seed, len(train), len(test))
+                used.update(np.unique(draw.demonstrations).tolist())
+                tasks.append(self._write_task(seed, shots, draw, (train, test), pool, stems))
+        shown = [train[index] for index in sorted(used)]
+        self._require_images(shown)
+        self._say_special(shown, is_solved=True)
         write_lines(pool, ({"number": i, **example_row(train[i])} for i in sorted(used)))
-        self._require_images([train[index] for index in sorted(used)])
-        return [
-            self._write_task(seed, shots, draw, test, pool, stems)
-            for (seed, shots), draw in draws.items()
-        ]
+        return tasks
 
-    def _first(self, rows: Sequence[Any]) -> Sequence[Any]:
-        return rows if self.limit is None else rows[: self.limit]
-
-    def _draw(
-        self, train: Sequence[Example], test: Sequence[Example], shots: int, seed: int
-    ) -> Draw:
-        sampler = draw_released if self.released else draw_uniform
-        draw = sampler(
-            len(test),
-            len(train),
-            shots,
-            seed,
-            num_samples=self.settings.num_samples,
-            query_set=self.settings.query_set,
-        )
-        draw = in_document_order(draw)
+    def _draw_all(
+        self, train: Sequence[Example], test: Sequence[Example], count: int
+    ) -> dict[int, Draw]:
+        """Draw once for each seed, for the largest number of shots."""
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.trials)
+        drawn = 0 if self.retriever is not None else count
+        draws = {seed: self._draw(drawn, seed, len(train), len(test)) for seed in seeds}
         if self.retriever is None:
-            return draw
-        asked = [test[document].image for document in draw.documents]
-        shown = self.retriever.most_similar([e.image for e in train], asked, shots)
-        return Draw(draw.documents, shown, list(range(len(train))))
+            return draws
+        # Of all seeds at once, so that an image which several of them ask about counts once.
+        documents = np.unique(np.concatenate([draw.documents for draw in draws.values()]))
+        shown = self.retriever.most_similar(
+            [example.image for example in train],
+            [test[document].image for document in documents.tolist()],
+            count,
+        )
+        return {
+            seed: Draw(
+                draw.documents,
+                shown[np.searchsorted(documents, draw.documents)],
+                np.arange(len(train), dtype=np.int32),
+            )
+            for seed, draw in draws.items()
+        }
+
+    def _for_shots(self, most: Draw, shots: int, seed: int, train: int, test: int) -> Draw:
+        """Return the draw for so many shots out of the one for the largest number."""
+        shown = most.demonstrations
+        if self.retriever is not None:
+            # The most similar ones stand last.
+            return Draw(most.documents, shown[:, shown.shape[1] - shots :], most.query_set)
+        if self.released and shots != shown.shape[1]:
+            return self._draw(shots, seed, train, test)
+        return Draw(most.documents, shown[:, :shots], most.query_set)
+
+    def _draw(self, shots: int, seed: int, train: int, test: int) -> Draw:
+        options: dict[str, Any] = {
+            "num_samples": self.settings.num_samples,
+            "query_set": self.settings.query_set,
+        }
+        if not self.released:
+            return draw_uniform(test, train, shots, seed, **options, limit=self.limit)
+        # The published numbers of a document depend on all documents.
+        draw = in_document_order(draw_released(test, train, shots, seed, **options))
+        return Draw(draw.documents[: self.limit], draw.demonstrations[: self.limit], draw.query_set)
+
+    def _say_special(self, examples: Sequence[Example], *, is_solved: bool) -> None:
+        style = self.data.style
+        count = sum(holds_special(style, example, is_solved=is_solved) for example in examples)
+        if count:
+            LOGGER.warning(
+                "%s: %d texts hold a special token such as <image>; prompts show it as < image>.",
+                self.data.name,
+                count,
+            )
 
     def _require_images(self, examples: Sequence[Example]) -> None:
         require_images(examples, f"data set {self.data.name}")
@@ -211,10 +255,11 @@ class _Writer:
         seed: int,
         shots: int,
         draw: Draw,
-        test: Sequence[Example],
+        examples: tuple[Sequence[Example], Sequence[Example]],
         pool: Path,
         stems: str | None,
     ) -> FewShotTask:
+        train, test = examples
         documents = self._write_documents(seed, draw, test, stems)
         name = f"{self.data.name}_{shots}shot_seed{seed}"
         plan = Plan(
@@ -229,9 +274,12 @@ class _Writer:
         )
         write_plan(self.folder / f"{name}.json", plan)
         path = self.folder / f"{name}.yaml"
-        content = self._task_file(name, documents, self.folder / f"{name}.json")
+        generation = self._generation()
+        content = self._task_file(name, documents, self.folder / f"{name}.json", generation)
         path.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
-        return FewShotTask(name, self.data.name, shots, seed, path)
+        return FewShotTask(
+            name, self.data.name, shots, seed, path, generation, _hash(draw, train, test)
+        )
 
     def _write_documents(
         self, seed: int, draw: Draw, test: Sequence[Example], stems: str | None
@@ -241,12 +289,13 @@ class _Writer:
         path = self.folder / f"{name}.jsonl"
         if path.exists():
             return path
-        rows = [test[document] for document in draw.documents]
-        used = self._first(rows)
-        self._require_images(used)
-        if self.data.style == "hateful" and len({example.label for example in used}) < 2:
+        documents = draw.documents.tolist()
+        rows = [test[document] for document in documents]
+        self._require_images(rows)
+        self._say_special(rows, is_solved=False)
+        if self.data.style == "hateful" and len({example.label for example in rows}) < 2:
             raise EvaluationError(
-                f"ROC-AUC needs memes of both classes, and the {len(used)} documents of "
+                f"ROC-AUC needs memes of both classes, and the {len(rows)} documents of "
                 f"{self.data.name} that are used have one.",
                 "Use more documents (--limit).",
             )
@@ -256,19 +305,16 @@ class _Writer:
                 {"number": number, "document": document, "target": _target(row)}
                 | ({} if stems is None else {"stems": stems})
                 | example_row(row)
-                for number, (document, row) in enumerate(zip(draw.documents, rows, strict=True))
+                for number, (document, row) in enumerate(zip(documents, rows, strict=True))
             ),
         )
         return path
 
-    def _task_file(self, name: str, documents: Path, plan: Path) -> dict[str, Any]:
-        process, metric, aggregation = _METRICS[self.data.style]
-        if self.released and self.data.style == "vqa":
-            process += "_released"
+    def _generation(self) -> dict[str, Any]:
         generation: dict[str, Any] = {
             "max_new_tokens": self.data.max_new_tokens,
             "num_beams": 3,
-            "length_penalty": 0.0,
+            "length_penalty": self.settings.length_penalty,
             "do_sample": False,
             "until": [],
             "completes": True,
@@ -276,6 +322,14 @@ class _Writer:
         }
         if self.data.style == "hateful":
             generation |= {"class_names": list(CLASS_NAMES), "num_beams": 1}
+        return generation
+
+    def _task_file(
+        self, name: str, documents: Path, plan: Path, generation: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        process, metric, aggregation = _METRICS[self.data.style]
+        if self.released and self.data.style == "vqa":
+            process += "_released"
         return {
             "task": name,
             "dataset_path": "json",
@@ -289,7 +343,7 @@ class _Writer:
             "doc_to_visual": _function("doc_to_visual"),
             "doc_to_text": _function("doc_to_text"),
             "doc_to_target": "target",
-            "generation_kwargs": generation,
+            "generation_kwargs": dict(generation),
             "lmms_eval_specific_kwargs": {"default": {"plan": str(plan)}},
             "process_results": _function(process),
             "cluster_key": "image_id",
@@ -302,6 +356,17 @@ class _Writer:
             ],
             "metadata": {"version": VERSION},
         }
+
+
+def _hash(draw: Draw, train: Sequence[Example], test: Sequence[Example]) -> str:
+    """Hash what a task asks and shows."""
+    digest = hashlib.sha256()
+    for array in (draw.documents, draw.demonstrations):
+        digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    for examples, used in ((test, draw.documents), (train, np.unique(draw.demonstrations))):
+        for index in used.tolist():
+            digest.update(json.dumps(example_row(examples[index])).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _target(example: Example) -> str:

@@ -116,7 +116,15 @@ def tiny_processor() -> OpenFlamingoProcessor:
     return OpenFlamingoProcessor(OpenFlamingoImageProcessor(image_size=SIDE), tiny_tokenizer())
 
 
-def save_tiny_base(directory: Path, seed: int = 0) -> Path:
+# What the released code builds whatever the configuration says.
+RELEASED_HEADS = {
+    f"{part}_{what}": value
+    for part in ("resampler", "cross_attention")
+    for what, value in (("heads", 8), ("head_dim", 64))
+}
+
+
+def save_tiny_base(directory: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a complete model directory."""
     processor = tiny_processor()
     text = tiny_config().text_config.to_dict()
@@ -128,6 +136,7 @@ def save_tiny_base(directory: Path, seed: int = 0) -> Path:
         endofchunk_token_id=processor.endofchunk_token_id,
         eos_token_id=processor.endofchunk_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
+        **changes,
     )
     model.save_pretrained(directory)
     processor.save_pretrained(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from fewshot_data import TEST, TRAIN, write_all, write_karpathy, write_memes, wr
 
 from kuea_mllm.config.evaluate import FewShotSettings
 from kuea_mllm.errors import DataError, EvaluationError
-from kuea_mllm.evaluation.fewshot import scoring, task_files
+from kuea_mllm.evaluation.fewshot import json_stream, scoring, task_files
 from kuea_mllm.evaluation.fewshot.datasets import DATASETS
+from kuea_mllm.evaluation.fewshot.json_stream import stream_entries
+from kuea_mllm.evaluation.fewshot.plan import read_plan
 from kuea_mllm.evaluation.fewshot.task_files import require_inputs, write_fewshot_tasks
+from kuea_mllm.evaluation.fewshot.vqa_accuracy import vqa_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,30 @@ def test_answers_belong_to_their_question(data: dict[str, str]) -> None:
     assert examples[0].entries == tuple(range(10))
     vizwiz = DATASETS["vizwiz"].read(Path(data["vizwiz"]), "test")
     assert vizwiz[1].entries == (0,) * 8 + (8,) * 2
+
+
+def test_same_annotations_are_found_as_the_published_scorer_finds_them(tmp_path: Path) -> None:
+    # It compares annotations after it has normalised their answers in place.
+    texts = ["two", "2", "Two.", "the 2", "two", "three", "3", "dog", "a dog", "cat"]
+    sure = ["yes"] * 4 + ["maybe"] + ["yes"] * 5
+    annotations = [
+        {"answer": text, "answer_confidence": word} for text, word in zip(texts, sure, strict=True)
+    ]
+    question = {"question_id": 1, "image_id": "x.jpg", "question": "?"}
+    (tmp_path / "val_questions_vqa_format.json").write_text(json.dumps({"questions": [question]}))
+    content = {"annotations": [{"question_id": 1, "answers": annotations}]}
+    file = tmp_path / "val_annotations_vqa_format.json"
+    file.write_text(json.dumps(content))
+    example = DATASETS["vizwiz"].read(tmp_path, "test")[0]
+    assert example.entries == (0, 0, 0, 0, 4, 5, 5, 7, 7, 9)
+    assert example.answers == tuple(texts)
+    # "2": of the first four only the fifth is another one that agrees, and so on.
+    scores = [1 / 3] * 4 + [1] + [1] * 5
+    assert vqa_accuracy("2", example.answers, example.entries) == pytest.approx(sum(scores) / 10)
+    for place, annotation in enumerate(annotations):
+        annotation["answer_id"] = str(place)
+    file.write_text(json.dumps(content))
+    assert DATASETS["vizwiz"].read(tmp_path, "test")[0].entries == tuple(range(10))
 
 
 def test_memes_are_read_from_each_name_of_their_file(tmp_path: Path) -> None:
@@ -90,6 +118,42 @@ def test_damaged_karpathy_file_is_named(
     file.write_text("{")
     with pytest.raises(DataError, match=r"dataset_coco\.json cannot be read"):
         DATASETS["coco"].read(tmp_path, "train")
+
+
+@pytest.mark.parametrize("window", [1, 7, 1 << 20])
+def test_streamed_list_equals_the_parsed_one(
+    window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_stream, "_CHUNK", window)
+    entries = [{"a": [1, 2.5, None]}, 'x, ]} \\ \u00e9 "', 12345, -1.5e3, [], {}, True]
+    content = {"info": {"entries": [0]}, "entries": entries, "license": [1, {"b": 2}]}
+    file = tmp_path / "x.json"
+    for indent in (None, 2):
+        file.write_text(json.dumps(content, indent=indent) + "\n")
+        assert list(stream_entries(file, "entries")) == entries
+        assert list(stream_entries(file, "license")) == content["license"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"x": [1, 2', '{"x": [1 2]}', '{"x": [1]', '{"x": [1]} {', '{"x" [1]}', "nothing"],
+)
+def test_file_that_is_cut_short_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=r"x\.json cannot be read: .*\.$"):
+        list(stream_entries(tmp_path / "x.json", "x"))
+
+
+def test_file_of_another_shape_is_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "dataset_coco.json"
+    for text, problem in (
+        ('{"y": []}', "key 'images'"),
+        ("[]", "an object"),
+        ('{"images": 1}', "no list"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=f"not laid out as expected: .*{problem}"):
+            DATASETS["coco"].read(tmp_path, "train")
 
 
 def test_question_without_answers_is_named(tmp_path: Path) -> None:
@@ -154,11 +218,12 @@ def test_memes_of_one_class_cannot_be_scored(data: dict[str, str], tmp_path: Pat
         write_fewshot_tasks(tmp_path, settings, data, limit=1)
 
 
-def write(folder: Path, data: dict[str, str], **settings: Any) -> dict[str, dict[str, Any]]:
-    """Write tasks and return their plans by name."""
+def write(folder: Path, data: dict[str, str], **settings: Any) -> dict[str, list[list[int]]]:
+    """Write tasks and return their demonstrations by name."""
     folder.mkdir()
     tasks = write_fewshot_tasks(folder, FewShotSettings(**settings), data)
-    return {task.name: json.loads((folder / f"{task.name}.json").read_text()) for task in tasks}
+    plans = {task.name: read_plan(folder / f"{task.name}.json") for task in tasks}
+    return {name: plan.demonstrations.tolist() for name, plan in plans.items()}
 
 
 def test_one_task_is_written_per_shots_and_trial(data: dict[str, str], tmp_path: Path) -> None:
@@ -172,12 +237,48 @@ def test_one_task_is_written_per_shots_and_trial(data: dict[str, str], tmp_path:
     assert generation["max_new_tokens"] == 5
 
 
+def test_length_penalty_of_a_recipe_reaches_the_task(data: dict[str, str], tmp_path: Path) -> None:
+    settings = FewShotSettings(datasets=["vqav2"], shots=[2], length_penalty=-2.0)
+    (task,) = write_fewshot_tasks(tmp_path, settings, data)
+    text = task.path.read_text().replace("!function ", "")
+    assert yaml.safe_load(text)["generation_kwargs"]["length_penalty"] == -2.0
+
+
+@pytest.mark.parametrize("compat", ["correct", "released"])
+def test_tasks_hold_what_the_limit_leaves(
+    compat: Any, data: dict[str, str], tmp_path: Path
+) -> None:
+    settings = FewShotSettings(datasets=["vqav2"], shots=[1, 3], compat=compat)
+    plans = []
+    for limit in (None, 2):
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        tasks = write_fewshot_tasks(folder, settings, data, limit=limit)
+        plans.append([read_plan(t.path.with_suffix(".json")).demonstrations for t in tasks])
+        assert len((folder / "vqav2.jsonl").read_text().splitlines()) == (limit or TEST)
+    # Not another draw: the first rows of the whole one.
+    for whole, part in zip(*plans, strict=True):
+        assert (whole[:2] == part).all()
+    # Fewer shots are the first of more by default; the published code draws anew for each.
+    assert (plans[0][0] == plans[0][1][:, :1]).all() == (compat == "correct")
+
+
+def test_content_of_a_task_is_known_again(data: dict[str, str], tmp_path: Path) -> None:
+    settings = FewShotSettings(datasets=["vizwiz"], shots=[2])
+    changed = shutil.copytree(data["vizwiz"], tmp_path / "vizwiz")
+    found = []
+    for number, folder in enumerate((data["vizwiz"], data["vizwiz"], str(changed))):
+        (tmp_path / str(number)).mkdir()
+        found += write_fewshot_tasks(tmp_path / str(number), settings, {"vizwiz": folder})
+    assert found[0].content == found[1].content != found[2].content
+
+
 def test_prompts_and_images_of_a_task_follow_its_plan(data: dict[str, str], tmp_path: Path) -> None:
     plans = write(tmp_path / "a", data, datasets=["vqav2"], shots=[0, 2])
     for name, images in (("vqav2_0shot_seed42", 1), ("vqav2_2shot_seed42", 3)):
         kwargs = {"plan": str(tmp_path / "a" / f"{name}.json")}
         prompt = scoring.doc_to_text({"number": 1}, kwargs)
-        first, second = plans[name]["demonstrations"][1]
+        first, second = plans[name][1]
         tag = "<image>" if images == 3 else ""
         assert prompt == (
             f"{tag}Question:train {first}? Short answer:t{first}<|endofchunk|>\n"

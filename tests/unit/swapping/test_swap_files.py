@@ -18,7 +18,8 @@ from torch import Tensor
 from toy_mllm import ADAPTER, SPEC, ToyAdapter, body, hashes, make_tower, write_base
 
 from kuea_mllm.errors import EnvironmentFailure, OutputError, TowerMismatch, UserError
-from kuea_mllm.swapping import swap_tower_files, tower_fingerprint_of, write
+from kuea_mllm.swapping import swap_tower_files, tower_fingerprint_of
+from kuea_mllm.towers import model_copy
 
 
 @pytest.mark.parametrize("prefix", ["eye.", "eye.deep."])
@@ -227,7 +228,7 @@ def test_failure_in_the_middle_leaves_nothing_behind(
     if at == "copy":
         monkeypatch.setattr(shutil, "copyfile", fail)
     elif at == "rewrite":
-        monkeypatch.setattr(write, "rewrite_shard", fail)
+        monkeypatch.setattr(model_copy, "rewrite_shard", fail)
     else:
         monkeypatch.setattr("kuea_mllm.swapping.swap.write_json", fail)
     with pytest.raises(expected):
@@ -241,7 +242,7 @@ def test_bytes_that_do_not_read_back_are_an_error(
 ) -> None:
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(
-        write, "rewrite_shard", lambda source, target, *_: shutil.copyfile(source, target)
+        model_copy, "rewrite_shard", lambda source, target, *_: shutil.copyfile(source, target)
     )
     with pytest.raises(EnvironmentFailure, match="does not read back"):
         swap_tower_files(base, make_tower(1), tmp_path / "out", adapter=ADAPTER)

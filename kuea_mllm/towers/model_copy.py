@@ -1,4 +1,4 @@
-"""A copy of a model directory in which the tower's tensors have other values.
+"""Copies of model directories in which some tensors have other values.
 
 Only the bytes of those tensors change: a shard that holds some of them is copied around them, so
 that its header, every other tensor and the key names stay exactly those of the base, and no other
@@ -26,36 +26,45 @@ from kuea_mllm.model_files import (
     is_weight_file,
     weight_files,
 )
-from kuea_mllm.swapping.files import MANIFEST_FILE, TowerPlace
+
+# Written anew for every copy.
+RECORD_FILE = "kuea.json"
 
 # ioctl_ficlone(2): share the blocks of a file, on file systems that can (btrfs, XFS).
 _FICLONE = 0x40049409
 _CHUNK = 16 << 20
 
 
-def write_files(
-    place: TowerPlace, new_state: Mapping[str, Tensor], partial: Path, *, link: bool = True
+def copy_model(
+    base: Path,
+    entries: Mapping[str, TensorEntry],
+    new_state: Mapping[str, Tensor],
+    partial: Path,
+    *,
+    link: bool = True,
 ) -> dict[str, tuple[str, ...]]:
-    """Copy a model directory with other values for the tower's tensors.
+    """Copy a model directory with other values for some of its tensors.
 
     Args:
-        place: Where the tower is.
-        new_state: New values by canonical name, in the dtype on disk; a tensor that is not among
-            them stays as it is.
+        base: The directory; only read.
+        entries: Places of tensors by the names of `new_state`.
+        new_state: New values, in the dtype on disk; asked for one at a time. A tensor that is not
+            among them stays as it is.
         partial: Existing empty directory to fill.
-        link: Whether weight files without tensors of the tower are hard links.
+        link: Whether weight files without a changed tensor are hard links.
 
     Returns:
-        The files by what was done with them, keyed as in `SwapReceipt`.
+        Names of files by what was done with them: `files_rewritten`, `files_linked`,
+        `files_copied`, `files_left_out`.
     """
-    loaded = weight_files(place.directory)
+    loaded = weight_files(base)
     index_in_use = loaded != [SINGLE_FILE]
     patches: dict[str, dict[TensorEntry, str]] = {}
-    for key, entry in place.entries.items():
+    for key, entry in entries.items():
         if key in new_state:
             patches.setdefault(entry.file, {})[entry] = key
     done: dict[str, list[str]] = {"linked": [], "copied": [], "left_out": []}
-    for name, source in files_of(place.directory):
+    for name, source in files_of(base):
         target = partial / name
         if name in patches:
             rewrite_shard(source, target, patches[name], new_state)
@@ -83,7 +92,7 @@ def take_over(name: str, source: Path, partial: Path, done: Mapping[str, list[st
     """
     if is_weight_file(name):
         done["left_out"].append(name)
-    elif name != MANIFEST_FILE:
+    elif name != RECORD_FILE:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, partial / name)
         done["copied"].append(name)

@@ -1,4 +1,4 @@
-"""Loss terms of the updates since the last row of metrics."""
+"""Losses since the last row of metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kuea_mllm.objectives import LossTerms
 from kuea_mllm.training.distributed import mean_over_processes
 
 _SHOWN = 4
@@ -18,24 +17,25 @@ class LossHistory:
     """Keeps loss terms on the device until a row is due, so that no step waits for it.
 
     Args:
-        name: What to call an image, given its position.
+        name: What to call an item, given its position.
+        items: What the items are called together.
     """
 
-    def __init__(self, name: Callable[[int], str] = str) -> None:
+    def __init__(self, name: Callable[[int], str] = str, *, items: str = "images") -> None:
         self._name = name
+        self._items = items
         self._pending: list[tuple[int, Tensor, dict[str, Tensor]]] = []
         self._rows: list[dict[str, float]] = []
         self.first_bad: str | None = None
 
-    def add(self, step: int, index: Tensor, loss: LossTerms) -> None:
-        """Remember one update.
+    def add(self, step: int, index: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Remember one batch.
 
         Args:
-            step: Its number, from 1.
-            index: Positions of its images, on the host; -1 where a stream has none.
-            loss: Of which the total and every term are kept.
+            step: Number of its update, from 1.
+            index: Positions of its items, on the host; -1 where a stream has none.
+            values: Scalars, the total first; the same names every time.
         """
-        values = {"loss": loss.total, **{f"loss_{name}": v for name, v in loss.terms.items()}}
         self._pending.append((step, index, {name: v.detach() for name, v in values.items()}))
 
     def collect(self) -> None:
@@ -58,7 +58,7 @@ class LossHistory:
             images = [i for i in index.tolist() if i >= 0]
             if images:
                 shown = ", ".join(map(self._name, images[:_SHOWN]))
-                self.first_bad += f", images {shown}"
+                self.first_bad += f", {self._items} {shown}"
             if len(images) > _SHOWN:
                 self.first_bad += f" and {len(images) - _SHOWN} more"
         self._rows += [dict(zip(names, values, strict=True)) for values in table.double().tolist()]

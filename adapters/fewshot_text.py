@@ -1,8 +1,14 @@
-"""From what the model wrote to what is scored: the published cuts, nothing stripped."""
+"""Conventions of the published few-shot evaluation that everything which prompts shares (no torch).
+
+Here and not in `evaluation`, because the mini world, which knows no evaluation, scores by them too.
+"""
 
 from __future__ import annotations
 
 import re
+
+TEXT_ONLY_SHOTS = 2
+"""Demonstrations that a zero-shot prompt shows, without their images."""
 
 _NEXT_QUESTION = re.compile("Question|Answer|Short")
 

@@ -1,0 +1,194 @@
+"""One column of an evaluation, from the questions to a directory, and all of them put together.
+
+A column's directory is laid out like the results directory that it becomes a part of (see
+`results`), with `column.json` beside it. Nothing of a column stays in memory when it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kuea_mllm.errors import EvaluationError
+from kuea_mllm.evaluation.columns import build_column
+from kuea_mllm.evaluation.fewshot.plan import read_plan, write_shown
+from kuea_mllm.evaluation.fewshot.task_files import FewShotTask
+from kuea_mllm.evaluation.harness import run_lmms_eval, save_lmms_files
+from kuea_mllm.evaluation.opening import Placement
+from kuea_mllm.evaluation.results import write_rows
+from kuea_mllm.evaluation.session import Session
+from kuea_mllm.evaluation.thumbnails import thumbnail_writer
+from kuea_mllm.evaluation.unfinished import COLUMN, Unfinished
+from kuea_mllm.io import read_json, write_json
+
+_RESULTS = "_results.json"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What all columns share.
+
+    Attributes:
+        model_dir: The model.
+        placement: Where it runs.
+        batch_size: Questions per forward pass.
+        limit: Documents per task.
+        seed: Seed of sampling.
+        thumbnails: Documents per task whose image is kept.
+    """
+
+    model_dir: Path
+    placement: Placement
+    batch_size: int
+    limit: int | None
+    seed: int
+    thumbnails: int
+
+
+def run_column(
+    name: str,
+    task: Any,
+    session: Session,
+    options: RunOptions,
+    folder: Path,
+    *,
+    fewshot: FewShotTask | None,
+) -> None:
+    """Ask the questions of one task and write its column.
+
+    Args:
+        name: The task.
+        task: lmms-eval's task object.
+        session: The open model; its failures become those of this task.
+        options: What all columns share.
+        folder: Empty directory of the column.
+        fewshot: What was written for the task, if it is a few-shot one.
+
+    Raises:
+        UserError: If the task cannot be scored.
+        EnvironmentFailure: If its first questions all fail, or lmms-eval loses documents.
+    """
+    session.failures = []
+    session.on_images = thumbnail_writer(folder / "thumbnails", options.thumbnails)
+    before = _image_counts(session)
+    results, tracker = run_lmms_eval(
+        session,
+        {name: task},
+        model_dir=options.model_dir,
+        dtype=options.placement.dtype,
+        device=options.placement.device,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        seed=options.seed,
+        folder=folder / "lmms",
+    )
+    samples = results.pop("samples")
+    column = build_column(
+        name,
+        task,
+        results=results,
+        samples=samples[name],
+        failures=session.failures,
+        limit=options.limit,
+    )
+    write_rows(folder / column.entry["samples"], column.rows)
+    if fewshot is not None:
+        plan = read_plan(fewshot.path.with_suffix(".json"))
+        write_shown(folder / "fewshot" / f"{name}.json", plan, fewshot.seed)
+    save_lmms_files(tracker, results, samples, folder / "lmms")
+    failed = next((row for row in column.rows if row.failed), None)
+    encoded, reused = (now - then for now, then in zip(_image_counts(session), before, strict=True))
+    write_json(
+        folder / COLUMN,
+        {
+            "entry": column.entry,
+            "first_failure": None if failed is None else [failed.doc_id, failed.error],
+            "content": None if fewshot is None else fewshot.content,
+            "images_encoded": encoded,
+            "images_reused": reused,
+        },
+    )
+
+
+def read_columns(unfinished: Unfinished, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read the records of finished columns, those that are there, in the order of `names`."""
+    return {
+        name: read_json(unfinished.column(name) / COLUMN)
+        for name in names
+        if unfinished.is_finished(name)
+    }
+
+
+def require_same_content(unfinished: Unfinished, tasks: Sequence[FewShotTask]) -> None:
+    """Make sure that finished few-shot columns asked what would be asked now.
+
+    Raises:
+        EvaluationError: Naming the data set whose files have changed.
+    """
+    known = read_columns(unfinished, [task.name for task in tasks])
+    for task in tasks:
+        if task.name in known and known[task.name]["content"] != task.content:
+            raise EvaluationError(
+                f"--resume: the questions or demonstrations of {task.name} are not those of the "
+                f"finished column: the files of data set {task.dataset} have changed.",
+                "Restore them, or drop the unfinished evaluation with --restart.",
+            )
+
+
+def gather_columns(unfinished: Unfinished, names: Sequence[str], out: Path) -> None:
+    """Put the files of all columns into one results directory, without copying where possible."""
+    for name in names:
+        shutil.copytree(
+            unfinished.column(name),
+            out,
+            copy_function=_link,
+            ignore=lambda _, files: {f for f in files if f == COLUMN or f.endswith(_RESULTS)},
+            dirs_exist_ok=True,
+        )
+    found = [_lmms_results(unfinished.column(name)) for name in names]
+    # As one run of lmms-eval would have named it.
+    path = out / found[0].relative_to(unfinished.column(names[0]))
+    contents = {name: read_json(file) for name, file in zip(names, found, strict=True)}
+    path.write_text(json.dumps(_merged(contents), indent=2), encoding="utf-8")
+
+
+def _lmms_results(column: Path) -> Path:
+    return next(iter((column / "lmms").rglob(f"*{_RESULTS}")))
+
+
+def _merged(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Put lmms-eval's results of single tasks into one, what differs between them under `runs`."""
+    merged: dict[str, Any] = {}
+    runs: dict[str, dict[str, Any]] = {name: {} for name in contents}
+    for key in dict.fromkeys(key for content in contents.values() for key in content):
+        values = {name: content[key] for name, content in contents.items() if key in content}
+        parts = [value for value in values.values() if isinstance(value, dict)]
+        if len(parts) == len(values) and all(set(part) <= set(contents) for part in parts):
+            merged[key] = {task: value for part in parts for task, value in part.items()}
+            continue
+        first = next(iter(values.values()))
+        if len(values) == len(contents) and all(value == first for value in values.values()):
+            merged[key] = first
+        else:
+            for name, value in values.items():
+                runs[name][key] = value
+    return merged | ({"runs": runs} if any(runs.values()) else {})
+
+
+def _image_counts(session: Session) -> tuple[int, int]:
+    if session.completer is None:
+        return 0, 0
+    return session.completer.cache.encoded, session.completer.cache.reused
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    # Another file system, or one without links.
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,283 @@
+"""An evaluation before it is complete: `OUT.unfinished`, which keeps the columns that are.
+
+OUT.unfinished/
+evaluation.json       what is evaluated: recipe, model, library versions
+lmms_eval.log         lmms-eval's log of all sittings
+columns/<task>/       one finished column (see `column_run`); made whole or not at all
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kuea_mllm.errors import OutputError, RecipeError, UserError
+from kuea_mllm.evaluation.results import file_name
+from kuea_mllm.io import (
+    create_directory,
+    disk_errors_named,
+    read_json,
+    remove_empty_parents,
+    require_free_output,
+    write_json,
+)
+from kuea_mllm.log import LOGGER
+
+RECORD, COLUMNS, LOG, LOCK = "evaluation.json", "columns", "lmms_eval.log", ".lock"
+COLUMN = "column.json"
+"""Of a column's directory; written last."""
+
+# What a resumed evaluation may change: speed and bookkeeping, rounding at most.
+FREE_KEYS = (
+    "batch_size",
+    "max_failures",
+    "fewshot.cache_images",
+    "fewshot.retrieval.batch_size",
+    "fewshot.retrieval.cache",
+    "fewshot.retrieval.workers",
+)
+_NOTHING = "nothing"
+_DROP = "or drop the unfinished evaluation with --restart."
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an evaluation is.
+
+    Attributes:
+        settings: All that decides its numbers, by the keys of recipes; plain JSON values.
+        versions: Library versions.
+    """
+
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An unfinished evaluation that this process may write to.
+
+    Attributes:
+        path: `OUT.unfinished`.
+        identity: What is evaluated.
+        is_resumed: Whether columns of an earlier sitting are kept.
+    """
+
+    path: Path
+    identity: Identity
+    is_resumed: bool
+
+    def column(self, task: str) -> Path:
+        """Return where the column of a task lies, or will."""
+        return self.path / COLUMNS / file_name(task)
+
+    def is_finished(self, task: str) -> bool:
+        """Say whether a column is there."""
+        return (self.column(task) / COLUMN).is_file()
+
+    def claim(self, model: str) -> None:
+        """Make sure that the finished columns are of this evaluation, and record what it is.
+
+        Args:
+            model: Fingerprint of the model's files.
+
+        Raises:
+            UserError: If recipe, model or library versions are others.
+        """
+        record = self.path / RECORD
+        if self.is_resumed and record.is_file():
+            known = read_json(record)
+            for line in _changes(known["settings"], self.identity.settings):
+                LOGGER.info("%s", line)
+            _require_same_model(known["model"], model)
+            _require_same_versions(known["versions"], self.identity.versions)
+        write_json(
+            record,
+            {
+                "settings": dict(self.identity.settings),
+                "model": model,
+                "versions": dict(self.identity.versions),
+            },
+        )
+
+
+def unfinished_path(out: Path) -> Path:
+    """Return where the unfinished evaluation of an output lies."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def finished_columns(path: Path) -> int:
+    """Count the finished columns of an unfinished evaluation."""
+    found = path.glob(f"{COLUMNS}/*/{COLUMN}")
+    # Hidden ones are what a killed process left behind.
+    return sum(not column.parent.name.startswith(".") for column in found)
+
+
+def require_startable(out: Path, *, resume: bool, restart: bool) -> None:
+    """Refuse what cannot work, before anything is opened; writes nothing.
+
+    Raises:
+        OutputError: If the output exists, or if the options do not fit what lies there.
+    """
+    if resume and restart:
+        raise OutputError("--resume and --restart exclude each other.", "Give one of them.")
+    require_free_output(out)
+    path = unfinished_path(out)
+    if path.exists() and not _is_ours(path):
+        raise OutputError(
+            f"{path} exists and is no unfinished evaluation.",
+            "It will not be touched: choose another --out, or move it away.",
+        )
+    if path.exists() and not (resume or restart):
+        with _locked(path):
+            raise _lies_there(path)
+    if resume and not path.exists():
+        raise OutputError(
+            f"there is no unfinished evaluation to resume: {path} does not exist.",
+            "Leave out --resume to begin one.",
+        )
+
+
+@contextmanager
+def open_unfinished(
+    out: Path, identity: Identity, *, resume: bool, restart: bool
+) -> Iterator[Unfinished]:
+    """Create or reopen the unfinished evaluation of an output; remove it when the block succeeds.
+
+    A block that fails leaves it if a column is finished, and nothing at all otherwise.
+
+    Raises:
+        OutputError: If another process works on it.
+    """
+    path = unfinished_path(out)
+    created = create_directory(path, wanted_for=out)
+    with _locked(path):
+        if _entries(path) and not (resume or restart):
+            raise _lies_there(path)
+        is_resumed = resume and finished_columns(path) > 0
+        if resume and not is_resumed:
+            LOGGER.info("%s holds no finished column: starting from the beginning.", path)
+        try:
+            if not is_resumed:
+                _empty(path)
+            remedy = "Free some space and run it again, with --resume if columns were kept."
+            with disk_errors_named(path, remedy=remedy):
+                yield Unfinished(path, identity, is_resumed)
+            shutil.rmtree(path)
+        except BaseException:
+            count = finished_columns(path)
+            if count:
+                LOGGER.warning("Finished columns kept in %s: %d. Go on with --resume.", path, count)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+                remove_empty_parents(path.parent, created if created != path else None)
+            raise
+
+
+def fingerprint_files(model_dir: Path) -> str:
+    """Hash the files of a model directory: weights, configuration, tokenizer (SHA-256, hex)."""
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.iterdir()):
+        # A model card has no part in the answers.
+        if path.is_file() and not path.name.startswith(".") and path.suffix != ".md":
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say which keys differ and may."""
+    old, new = _flat(before), _flat(now)
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        values = old.get(key, _NOTHING), new.get(key, _NOTHING)
+        if values[0] == values[1]:
+            continue
+        if key not in FREE_KEYS:
+            raise RecipeError(
+                f"--resume: key '{key}' is {values[1]!r}, and the unfinished evaluation was "
+                f"started with {values[0]!r}.",
+                f"Set it back, {_DROP}",
+            )
+        lines.append(f"{key} is {values[1]!r} now, was {values[0]!r}")
+    return lines
+
+
+def _require_same_model(before: str, now: str) -> None:
+    if before != now:
+        raise UserError(
+            f"--resume: the model is not that of the unfinished evaluation (fingerprint of its "
+            f"files {now[:16]}, was {before[:16]}).",
+            f"Give it the same files, {_DROP}",
+        )
+
+
+def _require_same_versions(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"--resume: {name} is {now.get(name, 'not installed')}, and the unfinished "
+                f"evaluation was started with {before.get(name, 'none')}.",
+                f"Install that version again, {_DROP}",
+            )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _is_ours(path: Path) -> bool:
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
+    return not names - {LOCK, LOG} or RECORD in names  # the log is opened first
+
+
+def _lies_there(path: Path) -> OutputError:
+    return OutputError(
+        f"an unfinished evaluation lies in {path} (finished columns: {finished_columns(path)}).",
+        "Add --resume to go on with it, or --restart to drop it and begin anew.",
+    )
+
+
+def _entries(path: Path) -> list[Path]:
+    return [entry for entry in path.iterdir() if entry.name != LOCK]
+
+
+def _empty(path: Path) -> None:
+    for entry in _entries(path):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel releases however a process ends."""
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 20).decode(errors="replace").strip()
+            raise OutputError(
+                f"another process is working on {path} (process {owner or 'unknown'}).",
+                "Wait for it, or choose another --out.",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

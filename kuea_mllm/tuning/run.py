@@ -1,0 +1,222 @@
+"""From a recipe to a run directory: `adapter/`, metrics, and everything to repeat it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kuea_mllm.adapters.loading import is_out_of_memory
+from kuea_mllm.config.lora import LoraRecipe
+from kuea_mllm.errors import EnvironmentFailure
+from kuea_mllm.log import LOGGER, log_file
+from kuea_mllm.manifest import current_command
+from kuea_mllm.training.distributed import barrier, fails_together, rank, world_size
+from kuea_mllm.training.ending import explained, interrupted
+from kuea_mllm.training.run_directory import RunDirectory, open_run, require_startable
+from kuea_mllm.training.trackers import require_trackers
+from kuea_mllm.tuning.assemble import TuningAssembly, assemble
+from kuea_mllm.tuning.identity import KIND, identify_run
+from kuea_mllm.tuning.inputs import TuningInputs, log_inputs, open_tuning_inputs
+from kuea_mllm.tuning.merge import merge_adapter
+from kuea_mllm.tuning.output import save_adapter
+from kuea_mllm.tuning.record import describe_tuning
+from kuea_mllm.tuning.sharding import require_shardable
+
+ADAPTER, MERGED = "adapter", "merged"
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """Where a finished run lies and what it was.
+
+    Attributes:
+        directory: Of the run.
+        steps: Updates.
+        seconds: Of training, all sessions of the run together.
+        trainable: Numbers that were trained.
+        tower_fingerprint: Of the untouched tower.
+        data: What was cut off; see `DataCounter.report`.
+        is_merged: Whether `merged` was written.
+    """
+
+    directory: Path
+    steps: int
+    seconds: float
+    trainable: int
+    tower_fingerprint: str
+    data: dict[str, int]
+    is_merged: bool
+
+    @property
+    def adapter(self) -> Path:
+        """The PEFT directory."""
+        return self.directory / ADAPTER
+
+    @property
+    def merged(self) -> Path | None:
+        """The merged model, if there is one."""
+        return self.directory / MERGED if self.is_merged else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "directory": str(self.directory),
+            "adapter": str(self.adapter),
+            "merged": str(self.merged) if self.is_merged else None,
+            "steps": self.steps,
+            "seconds": round(self.seconds, 1),
+            "trainable_parameters": self.trainable,
+            "tower_fingerprint": self.tower_fingerprint,
+            "data": self.data,
+        }
+
+
+def run_tuning(
+    recipe: LoraRecipe,
+    out: Path,
+    *,
+    merge: bool = False,
+    progress: bool = True,
+    finish: Callable[[Path], None] | None = None,
+    resume: bool = False,
+    restart: bool = False,
+) -> TuningResult:
+    """Tune a model's language model and write the run directory.
+
+    Until the run is complete it lies in `OUT.unfinished`.
+
+    Args:
+        recipe: What to do; `model.path` and `data.file` must be set.
+        out: Directory to create.
+        merge: Also write a plain model directory with the LoRA layers merged.
+        progress: Show a progress bar.
+        finish: Called with the directory before it gets its final name, to add figures.
+        resume: Go on with the unfinished run of this output.
+        restart: Drop the unfinished run of this output, if there is one.
+
+    Raises:
+        UserError: If an input is wrong; nothing is written then.
+        TrainingDiverged: If a loss is not finite.
+        Interrupted: If the process was asked to stop; `resume` goes on.
+    """
+    out = Path(out)
+    require_startable(out, kind=KIND, resume=resume, restart=restart)
+    require_trackers(recipe.runtime.trackers)
+    require_shardable(recipe)
+    with fails_together():
+        inputs = open_tuning_inputs(recipe, progress=progress)
+    with (
+        open_run(out, identify_run(inputs), resume=resume, restart=restart) as run,
+        log_file(run.path / "run.log") if rank() == 0 else nullcontext(),
+    ):
+        for note in run.notes:
+            LOGGER.info("%s", note)
+        try:
+            result = _tune(inputs, run, merge=merge, progress=progress, finish=finish)
+        except BaseException as error:
+            raise explained(_named(error, inputs), run) from error.__cause__
+    # The others must not report before the directory has its final name.
+    barrier()
+    return result
+
+
+def _named(error: BaseException, inputs: TuningInputs) -> BaseException:
+    if not isinstance(error, Exception) or not is_out_of_memory(error):
+        return error
+    return EnvironmentFailure(
+        f"out of memory on {inputs.recipe.runtime.device} while tuning {inputs.base}.",
+        "Set model.quantization=nf4, optim.optimizer=paged_adamw_8bit or a smaller "
+        "data.max_length; `kuea-mllm plan` says what fits.",
+    )
+
+
+def _tune(
+    inputs: TuningInputs,
+    run: RunDirectory,
+    *,
+    merge: bool,
+    progress: bool,
+    finish: Callable[[Path], None] | None,
+) -> TuningResult:
+    log_inputs(inputs)
+    parts = assemble(inputs, run, progress=progress)
+    started = time.perf_counter()
+    before = float(run.state.get("seconds", 0.0))
+    resumed_at = list(run.state.get("resumed_at", []))
+    if run.start_step is not None:
+        resumed_at.append(run.start_step)
+
+    def seconds() -> float:
+        return before + time.perf_counter() - started
+
+    def state() -> dict[str, Any]:
+        return {"processes": world_size(), "seconds": seconds(), "resumed_at": resumed_at}
+
+    parts.trainer.bind_checkpoints(run.store, state)
+    try:
+        with parts.interruption.listening():
+            parts.trainer.train(
+                resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint)
+            )
+        with fails_together():
+            run.store.wait()
+    finally:
+        parts.metrics.close()
+    steps = parts.trainer.state.max_steps
+    if parts.interruption.stopped_at is not None:
+        raise interrupted(parts.interruption, run, verb="lora", steps=steps)
+    if parts.interruption.received is not None:
+        LOGGER.info("training was complete when the signal came: writing the result")
+    took = seconds()
+    counts = parts.counter.exchange()
+    with fails_together():
+        if rank() == 0:
+            _write_result(inputs, parts, run, counts, seconds=took, resumed_at=resumed_at)
+            if merge:
+                merge_adapter(
+                    inputs.base,
+                    run.path / ADAPTER,
+                    run.path / MERGED,
+                    # Where it will lie when the run is complete.
+                    reference=str(run.out / ADAPTER),
+                    command=current_command(),
+                )
+            if finish is not None:
+                finish(run.path)
+    return TuningResult(
+        directory=run.out,
+        steps=parts.trainer.state.global_step,
+        seconds=took,
+        trainable=parts.receipt.trainable,
+        tower_fingerprint=parts.tower_fingerprint,
+        data=counts,
+        is_merged=merge,
+    )
+
+
+def _write_result(
+    inputs: TuningInputs,
+    parts: TuningAssembly,
+    run: RunDirectory,
+    counts: dict[str, int],
+    *,
+    seconds: float,
+    resumed_at: list[int],
+) -> None:
+    parts.require_untouched_tower(inputs)
+    LOGGER.info("vision tower unchanged: %s", parts.tower_fingerprint)
+    manifest = describe_tuning(
+        inputs,
+        parts.receipt,
+        tower_fingerprint=parts.tower_fingerprint,
+        steps=parts.trainer.state.global_step,
+        data_counts=counts,
+        processes=world_size(),
+        seconds=round(seconds, 1),
+        resumed_at=resumed_at,
+    )
+    save_adapter(parts.model.wrapped, run.path / ADAPTER, manifest=manifest)
