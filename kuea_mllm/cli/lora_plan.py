@@ -40,15 +40,12 @@ def print_dry_run(recipe: LoraRecipe, *, processes: int, json_output: bool) -> N
     plan: dict[str, Any] | None = None
     if resolved.model.path:
         from kuea_mllm.planning.cards import find_card
-        from kuea_mllm.planning.tuning import plan_tuning
+        from kuea_mllm.planning.tuning import MIXTURE_SAMPLES, plan_tuning
         from kuea_mllm.planning.tuning_text import tuning_plan_text
 
         card = find_card(_CARD)
         planned = plan_tuning(
-            resolved,
-            card=card,
-            processes=processes,
-            **({} if samples is None else {"samples": samples}),
+            resolved, card=card, processes=processes, samples=samples or MIXTURE_SAMPLES
         )
         plan = planned.to_dict()
         notes += [f"Counted for {card.name}; other cards: kuea-mllm plan.", ""]
@@ -86,16 +83,22 @@ def check_device_memory(recipe: LoraRecipe, *, processes: int) -> None:
 
     if not torch.cuda.is_available():
         return
+    from kuea_mllm.errors import UserError
     from kuea_mllm.log import LOGGER
     from kuea_mllm.planning.cards import card_or_device
-    from kuea_mllm.planning.tuning import check_tuning_memory, plan_tuning
+    from kuea_mllm.planning.tuning import plan_tuning
+    from kuea_mllm.planning.tuning_result import check_tuning_memory
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    plan = plan_tuning(
-        recipe.resolved(processes=processes),
-        card=card_or_device(properties.name, properties.total_memory),
-        processes=processes,
-    )
+    try:
+        plan = plan_tuning(
+            recipe.resolved(processes=processes),
+            card=card_or_device(properties.name, properties.total_memory),
+            processes=processes,
+        )
+    except UserError as error:
+        LOGGER.info("memory is not planned ahead: %s", error.problem)
+        return
     check_tuning_memory(plan, properties.total_memory)
     LOGGER.info(
         "planned memory: %.1f of %.1f GiB", plan.memory_gib, properties.total_memory / 2**30

@@ -24,8 +24,8 @@ def quickstart(
         bool,
         typer.Option(
             "--full",
-            help="Also train a mini Flamingo and compare both towers in it at 0 and 4 shots: some "
-            "minutes more.",
+            help="Also tune both LLaVAs with LoRA, and train a mini Flamingo to compare both "
+            "towers at 0 and 4 shots: some minutes more.",
         ),
     ] = False,
     json_output: Json = False,

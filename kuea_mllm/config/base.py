@@ -76,8 +76,11 @@ def _describe(schema: type[BaseModel], problem: Any) -> str:
     if not path:
         return message
     found = problem.get("input")
+    said = f"key '{path}': {message[0].lower()}{message[1:]}"
+    if problem["type"] == "value_error" and isinstance(found, dict):
+        return f"{said}."  # about several keys of a section
     shown = type(found).__name__ if isinstance(found, (dict, list)) else repr(found)
-    return f"key '{path}': {message[0].lower()}{message[1:]}, found {shown}."
+    return f"{said}, found {shown}."
 
 
 def _union_tags(location: tuple[Any, ...]) -> set[str]:

@@ -61,9 +61,11 @@ class MixtureConfig(StrictModel):
     group_by_modality: bool = Field(
         default=True, description="Keep samples with and without an image apart, then by length."
     )
-    order: Literal["seed", "released"] = Field(
+    order: Literal["seed", "length", "released"] = Field(
         default="seed",
-        description="seed: the order is a function of runtime.seed and the epoch. released: the "
+        description="seed: the original's order, drawn from runtime.seed and the epoch. length: "
+        "the same updates, with samples of like length in one micro-batch (less padding; no "
+        "difference at micro-batches of one). released: the "
         "order in which the original's trainer finds PyTorch's generator.",
     )
     workers: NonNegativeInt = Field(default=4, description="Decoders for each process.")

@@ -206,7 +206,15 @@ def _warnings(first: Results, second: Results, columns: Sequence[ColumnCompariso
                 f"The runs differ in {key} ({values[0]} and {values[1]}), which changes answers "
                 "by itself."
             )
-    for library in ("transformers", "torch", "lmms-eval", "pillow"):
+    fewshot = [summary.get("fewshot") or {} for summary in (before, after)]
+    for key in ("compat", "demonstrations", "length_penalty"):
+        values = [settings.get(key) for settings in fewshot]
+        if all(fewshot) and values[0] != values[1]:
+            found.append(
+                f"The few-shot settings differ in {key} ({values[0]} and {values[1]}): these are "
+                "two protocols."
+            )
+    for library in ("transformers", "torch", "lmms_eval", "pillow"):
         versions = [summary["versions"].get(library) for summary in (before, after)]
         if versions[0] != versions[1]:
             found.append(f"The runs used {library} {versions[0]} and {versions[1]}.")

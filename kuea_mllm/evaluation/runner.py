@@ -181,11 +181,16 @@ def evaluate(
 
 def _describe_tasks(selection: TaskSelection) -> dict[str, str]:
     """Return the tasks with a hash of each file, by which a resumed evaluation knows them."""
-    files = {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for name, path in selection.files.items()
-    }
+    files = {name: _hash_task(path) for name, path in selection.files.items()}
     return {**files, **dict.fromkeys(selection.stock, "of lmms-eval")}
+
+
+def _hash_task(path: Path) -> str:
+    """Hash a task file and the code beside it, where its functions are."""
+    digest = hashlib.sha256()
+    for file in (path, *sorted(path.parent.glob("*.py"))):
+        digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -245,6 +250,7 @@ def _describe_fewshot(
     return {
         "compat": settings.compat,
         "demonstrations": "random" if settings.retrieval is None else "retrieved",
+        "length_penalty": settings.length_penalty,
         "trials": summarise_trials(
             tasks, {name: column["entry"] for name, column in columns.items()}
         ),
@@ -284,7 +290,7 @@ def _require_few_failures(columns: Mapping[str, Any], allowed: int, out: Path) -
     )
     raise EnvironmentFailure(
         f"{failed} questions got no answer (allowed: {allowed}), the first one is document "
-        f"{doc_id} of {name}: {error or 'no answer'}.",
+        f"{doc_id} of {name}: {(error or 'no answer').rstrip('.')}.",
         f"The results in {out} are complete and mark them as failed; pass --set max_failures="
         f"{failed} if that many are acceptable.",
     )

@@ -83,23 +83,18 @@ class Unfinished:
         return (self.column(task) / COLUMN).is_file()
 
     def claim(self, model: str) -> None:
-        """Make sure that the finished columns are of this evaluation, and record what it is.
+        """Make sure that the finished columns are of this model, and record what is evaluated.
 
         Args:
             model: Fingerprint of the model's files.
 
         Raises:
-            UserError: If recipe, model or library versions are others.
+            UserError: If the model is another one.
         """
-        record = self.path / RECORD
-        if self.is_resumed and record.is_file():
-            known = read_json(record)
-            for line in _changes(known["settings"], self.identity.settings):
-                LOGGER.info("%s", line)
-            _require_same_model(known["model"], model)
-            _require_same_versions(known["versions"], self.identity.versions)
+        if self.is_resumed:
+            _require_same_model(read_json(self.path / RECORD)["model"], model)
         write_json(
-            record,
+            self.path / RECORD,
             {
                 "settings": dict(self.identity.settings),
                 "model": model,
@@ -155,6 +150,7 @@ def open_unfinished(
 
     Raises:
         OutputError: If another process works on it.
+        UserError: If it is resumed with another recipe or other library versions.
     """
     path = unfinished_path(out)
     created = create_directory(path, wanted_for=out)
@@ -164,12 +160,16 @@ def open_unfinished(
         is_resumed = resume and finished_columns(path) > 0
         if resume and not is_resumed:
             LOGGER.info("%s holds no finished column: starting from the beginning.", path)
+        if is_resumed:
+            # Before data sets are read or images embedded under the wrong recipe.
+            _require_same_recipe(path, identity)
         try:
             if not is_resumed:
                 _empty(path)
             remedy = "Free some space and run it again, with --resume if columns were kept."
             with disk_errors_named(path, remedy=remedy):
                 yield Unfinished(path, identity, is_resumed)
+            _empty(path)
             shutil.rmtree(path)
         except BaseException:
             count = finished_columns(path)
@@ -191,6 +191,13 @@ def fingerprint_files(model_dir: Path) -> str:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.name}\0{content}\n".encode())
     return digest.hexdigest()
+
+
+def _require_same_recipe(path: Path, identity: Identity) -> None:
+    known = read_json(path / RECORD)
+    for line in _changes(known["settings"], identity.settings):
+        LOGGER.info("%s", line)
+    _require_same_versions(known["versions"], identity.versions)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -256,7 +263,11 @@ def _entries(path: Path) -> list[Path]:
 
 
 def _empty(path: Path) -> None:
-    for entry in _entries(path):
+    # A process that is killed in here must leave no column that looks finished and is not whole,
+    # and the record, by which the rest is known for ours.
+    for column in path.glob(f"{COLUMNS}/*/{COLUMN}"):
+        column.unlink()
+    for entry in sorted(_entries(path), key=lambda entry: entry.name == RECORD):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

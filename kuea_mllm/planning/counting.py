@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def count_pass(
-    model: nn.Module, inputs: Sequence[Tensor], loss: Callable[[], Tensor], *, precision: str
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    loss: Callable[[], Tensor],
+    *,
+    precision: str,
+    only: Literal["flops", "bytes"] | None = None,
 ) -> PassCounts:
     """Run forward and backward once and count.
 
@@ -162,15 +167,14 @@ def count_pass(
         inputs: Tensors that exist before the pass, such as pixels and targets.
         loss: Runs the forward pass and returns a 0-d tensor.
         precision: "fp32", or "bf16" for autocast.
+        only: What to count, the rest being 0; None for all, which takes twice as long.
     """
     # Two passes: the FLOP counter's module tracking keeps tensors alive that would be gone.
-    flops = FlopCounterMode(display=False)
-    with FusedKernels(), flops:
-        with _autocast(precision):
-            total = loss()
-        forward_flops = flops.get_total_flops()
-        _backward(total)
-    model.zero_grad(set_to_none=True)
+    forward_flops = backward_flops = 0
+    if only != "bytes":
+        forward_flops, backward_flops = _count_flops(model, loss, precision)
+    if only == "flops":
+        return PassCounts(forward_flops, backward_flops, 0, 0, 0, 0)
     parameters = list(model.parameters())
     live = LiveBytes([*parameters, *model.buffers(), *inputs])
     with FusedKernels(), live:
@@ -183,7 +187,7 @@ def count_pass(
     gradients = {number for number in found if number is not None}
     return PassCounts(
         forward_flops=forward_flops,
-        backward_flops=flops.get_total_flops() - forward_flops,
+        backward_flops=backward_flops,
         kept_bytes=kept,
         weight_copy_bytes=copies,
         forward_peak_bytes=live.peak(without=gradients, end=turn),
@@ -249,6 +253,17 @@ def _dropout(
 ) -> Tensor:
     dropped: Tensor = torch.native_dropout(values, p, train=True)[0] if training and p else values
     return dropped
+
+
+def _count_flops(model: nn.Module, loss: Callable[[], Tensor], precision: str) -> tuple[int, int]:
+    flops = FlopCounterMode(display=False)
+    with FusedKernels(), flops:
+        with _autocast(precision):
+            total = loss()
+        forward_flops = flops.get_total_flops()
+        _backward(total)
+    model.zero_grad(set_to_none=True)
+    return forward_flops, flops.get_total_flops() - forward_flops
 
 
 def _backward(total: Tensor) -> None:

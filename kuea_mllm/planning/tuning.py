@@ -37,7 +37,7 @@ _WITH_IMAGE = 1 - 40_688 / 665_298
 # the data at hand (`kuea-mllm plan --mfu ... --mean-tokens ...`).
 TUNING_MFU = 0.4
 MEAN_TEXT_TOKENS = 300
-PACKED_SHARE = 0.97
+PACKED_SHARE = 0.88
 
 
 def plan_tuning(
@@ -49,6 +49,7 @@ def plan_tuning(
     mfu: float = TUNING_MFU,
     samples: int = MIXTURE_SAMPLES,
     mean_tokens: int | None = None,
+    compare: bool = True,
 ) -> TuningPlan:
     """Plan a tuning by counting, and choose the way to run it that changes least and fits.
 
@@ -62,6 +63,7 @@ def plan_tuning(
         samples: Records in the training set.
         mean_tokens: Tokens of an average record, the image's included; None takes
             `MEAN_TEXT_TOKENS` and the image's.
+        compare: Whether to look at other ways to run it, and choose.
 
     Raises:
         UserError: If the batch does not divide among the processes, or the model is not known.
@@ -83,6 +85,8 @@ def plan_tuning(
     }
     resolved = recipe.resolved(processes=processes)
     plan = _plan(resolved, **settings)
+    if not compare:
+        return plan
     options: list[TuningOption] = []
     for change in tuning_changes(resolved, processes=processes):
         changed = _plan(change.recipe, **settings)
@@ -120,10 +124,11 @@ def _plan(
         trains_head=recipe.lora.train_lm_head,
     )
     optim, batch = recipe.optim, recipe.optim.batch_size or 1
-    longest = tuning_counts(model, _pass(recipe, tokens=recipe.data.max_length))
+    longest = tuning_counts(model, _pass(recipe, tokens=recipe.data.max_length), only="bytes")
     length = recipe.data.max_length if recipe.data.packing else mean
     # Weights that are packed cost no FLOPs, so that one count serves for both.
-    average = tuning_counts(model, replace(_pass(recipe, tokens=length), rows=1, quantised=False))
+    average = replace(_pass(recipe, tokens=length), rows=1, quantised=False)
+    counted = tuning_counts(model, average, only="flops")
     rows = samples
     if recipe.data.packing:
         rows = math.ceil(samples * mean / (PACKED_SHARE * length))
@@ -132,7 +137,7 @@ def _plan(
     if optim.last_update == "drop":
         micro -= micro % accumulation
     steps = optim.steps or math.ceil(math.ceil(micro / accumulation) * (optim.epochs or 1))
-    flops = {"forward": average.forward_flops, "backward": average.backward_flops}
+    flops = {"forward": counted.forward_flops, "backward": counted.backward_flops}
     state = 4 * trained.total + moment_bytes(optim.optimizer, trained.total)
     return TuningPlan(
         model=model.name,
@@ -231,9 +236,9 @@ def _hours(
     if recipe.runtime.sharding == "fsdp":
         wide = 2 if recipe.runtime.dtype == "bfloat16" else 4
         passes = rows / (processes * recipe.optim.micro_batch_size)
-        # Gathered for the forward and again for the backward pass; gradients are scattered.
-        moved = passes * others * (2 * wide * sizes.total + 3 * 4 * trained.total) / rate
-        exchanging = max(0.0, moved - computing)
+        # Layers are gathered for the forward and again for the backward pass, while others run.
+        gathering = passes * others * 2 * wide * sizes.linear / rate
+        exchanging += max(0.0, gathering - computing)
     total = computing + exchanging
     return TuningHours(
         computing=computing / 3600,

@@ -132,8 +132,6 @@ def tuning_memory(
         counts: Of one pass at the longest length.
         processes: Devices.
     """
-    is_sharded = recipe.runtime.sharding == "fsdp"
-    share = processes if is_sharded else 1
     wide = 2 if recipe.runtime.dtype == "bfloat16" else 4
     name = recipe.runtime.dtype
     # PEFT keeps the original beside what it trains as a whole.
@@ -147,15 +145,13 @@ def tuning_memory(
         MemoryPart("gradients", 4 * trained.total, "float32; the buckets of DDP are views of them"),
         moments(recipe.optim.optimizer, trained.total),
     ]
-    if is_sharded:
-        parts = [
-            MemoryPart(p.name, p.bytes // share, f"{p.reason}; a {share}th of it") for p in parts
-        ]
-        unit = 2 * sizes.layer + sizes.rest + sizes.tower + sizes.projector
-        gathered = wide * unit + 2 * 4 * trained.lora // max(1, sizes.linear // sizes.layer)
-        parts.append(
-            MemoryPart("gathered weights", gathered, "two layers, and what is in no layer")
-        )
+    if recipe.runtime.sharding == "fsdp":
+        # Only the frozen layers are divided; what trains is whole in every process.
+        whole = parts[0]
+        reason = f"{whole.reason}; divided by {processes}"
+        parts[0] = MemoryPart(whole.name, whole.bytes // processes, reason)
+        gathered = wide * 2 * sizes.layer
+        parts.append(MemoryPart("gathered weights", gathered, "two layers: one runs, one comes"))
     how = " (layer inputs only)" if recipe.runtime.gradient_checkpointing else ""
     worst = (
         "end of the forward pass, with autocast's copies of LoRA weights and a chunk's logits"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -31,6 +31,8 @@ from kuea_mllm.planning.tuning_models import TunedModel
 # Layers are alike, so bytes and FLOPs are affine in their number; three are enough that the worst
 # moments lie where they lie in a deep model.
 _SHORT = 3
+
+Only = Literal["flops", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,24 @@ class PassSettings:
 
 
 @lru_cache(maxsize=64)
-def tuning_counts(model: TunedModel, settings: PassSettings) -> PassCounts:
-    """Return what one pass takes; bytes hold neither parameters nor their gradients."""
+def tuning_counts(
+    model: TunedModel, settings: PassSettings, *, only: Only | None = None
+) -> PassCounts:
+    """Return what one pass takes; bytes hold neither parameters nor their gradients.
+
+    Args:
+        model: The model, LoRA layers not yet in place.
+        settings: Of the pass.
+        only: See `count_pass`.
+    """
     layers = decoder_layers(model.build_empty(), model.parts)
     period = _period(layers)
     low = -(-_SHORT // period) * period
     high = low + period
     more, rest = divmod(len(layers) - low, period)
     if rest or more < 1:
-        return _count(model, settings, len(layers))
-    first, second = _count(model, settings, low), _count(model, settings, high)
+        return _count(model, settings, len(layers), only)
+    first, second = (_count(model, settings, depth, only) for depth in (low, high))
     return PassCounts(
         **{
             field.name: getattr(first, field.name)
@@ -90,6 +100,7 @@ def count_tuning_pass(
     parts: TuningParts,
     batch: Mapping[str, Tensor],
     settings: PassSettings,
+    only: Only | None = None,
 ) -> PassCounts:
     """Count one pass of a model, on real or fake tensors.
 
@@ -99,7 +110,8 @@ def count_tuning_pass(
         parts: Where its parts are.
         batch: What `MLLMTuner.hidden_states` takes; and `idle_pixel_values`, images of which only
             the features are computed.
-        settings: What to count.
+        settings: Of the pass.
+        only: See `count_pass`.
     """
     head: Any = model.get_submodule(parts.output_head)
     # Every position predicts something: the most that a sample can ask for.
@@ -125,7 +137,7 @@ def count_tuning_pass(
         return total
 
     precision = "bf16" if settings.is_bf16 else "fp32"
-    return count_pass(model, [*batch.values(), targets], loss, precision=precision)
+    return count_pass(model, [*batch.values(), targets], loss, precision=precision, only=only)
 
 
 def prepare(model: nn.Module, parts: TuningParts, settings: PassSettings) -> None:
@@ -198,7 +210,9 @@ def decoder_layers(model: nn.Module, parts: TuningParts) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _count(model: TunedModel, settings: PassSettings, depth: int) -> PassCounts:
+def _count(
+    model: TunedModel, settings: PassSettings, depth: int, only: Only | None = None
+) -> PassCounts:
     empty = model.build_empty()
     del decoder_layers(empty, model.parts)[depth:]
     prepare(empty, model.parts, settings)
@@ -207,7 +221,9 @@ def _count(model: TunedModel, settings: PassSettings, depth: int) -> PassCounts:
         side = model.image_size
         pixels = torch.empty(settings.rows, 3, side, side)
         ids = torch.empty(settings.rows, settings.tokens, dtype=torch.long)
-        count = partial(count_tuning_pass, empty, model.tuner, model.parts, settings=settings)
+        count = partial(
+            count_tuning_pass, empty, model.tuner, model.parts, settings=settings, only=only
+        )
         try:
             with ImageTokens(settings.rows, model.tokens_per_image):
                 return count({"input_ids": ids, "pixel_values": pixels})

@@ -44,8 +44,8 @@ def tuning_estimate(plan: TuningPlan) -> str:
 
 def tuning_header(name: str, recipe: LoraRecipe, card: Card, processes: int) -> str:
     """Return the third header line of a recipe, without the `# `."""
-    first = plan_tuning(recipe, card=card, processes=processes)
-    second = plan_tuning(recipe, card=SECOND[0], processes=SECOND[1])
+    first = plan_tuning(recipe, card=card, processes=processes, compare=False)
+    second = plan_tuning(recipe, card=SECOND[0], processes=SECOND[1], compare=False)
     return (
         f"Estimate: {tuning_estimate(first)}; {tuning_estimate(second)} "
         f"(kuea-mllm plan --recipe {name} --card {card.key} --processes {processes})."
@@ -64,7 +64,7 @@ def tuning_recipes_markdown() -> str:
         if hardware is not None:
             recipe = load_recipe(shipped.name, LoraRecipe)
             plans = (
-                plan_tuning(recipe, card=card, processes=processes)
+                plan_tuning(recipe, card=card, processes=processes, compare=False)
                 for card, processes in (hardware, SECOND)
             )
             cells = [tuning_estimate(plan) for plan in plans]

@@ -101,7 +101,7 @@ def training_course(rows: Sequence[Row]) -> Figure:
         Panel(
             label,
             {key: label},
-            from_zero=key in {f"{unit}_per_second" for unit in ("images", "samples", "rows")} | {"mfu", "lr"},
+            from_zero=key.endswith("_per_second") or key in {"mfu", "lr"},
         )
         for key, label in _COURSE_LABELS.items()
         if read_series(rows, key)[0].size

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kuea_mllm.training.distributed import mean_over_processes
+from kuea_mllm.training.distributed import gather_objects, mean_over_processes
 
 _SHOWN = 4
 
@@ -46,8 +46,8 @@ class LossHistory:
         table = torch.stack(
             [torch.stack([values[name] for name in names]) for _, _, values in self._pending]
         )  # (steps, terms)
-        # Patch terms are those of one process's images.
-        table = mean_over_processes(table).cpu()
+        # Some terms are those of one process's items.
+        own, table = table, mean_over_processes(table).cpu()
         bad = (~table.isfinite()).nonzero().tolist()
         if bad and self.first_bad is None:
             row = bad[0][0]
@@ -55,7 +55,10 @@ class LossHistory:
             column = next((c for r, c in bad if r == row and c > 0), 0)
             step, index, _ = self._pending[row]
             self.first_bad = f"{names[column]} is {table[row, column].item()} at step {step}"
-            images = [i for i in index.tolist() if i >= 0]
+            # Of the processes whose own value is bad; all of them come here at once.
+            is_own = not bool(own[row, column].isfinite())
+            found = gather_objects(index.tolist() if is_own else [])
+            images = [i for indices in found for i in indices if i >= 0]
             if images:
                 shown = ", ".join(map(self._name, images[:_SHOWN]))
                 self.first_bad += f", {self._items} {shown}"

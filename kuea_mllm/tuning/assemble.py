@@ -195,6 +195,7 @@ def make_sampler(
         rank=rank(),
         rng_state=released_state(runtime.seed) if data.order == "released" else None,
         by_modality=data.group_by_modality,
+        alike_in_length=data.order == "length",
     )
 
 
@@ -205,7 +206,8 @@ def first_batch(
 ) -> dict[str, Tensor]:
     """Return the first micro-batch of this process as `TuningModel.forward` takes it."""
     examples: Any = inputs.examples
-    batch = inputs.collator([examples[index] for index in next(iter(sampler))])
+    first: Any = next(iter(sampler))
+    batch = inputs.collator([examples[index] for index in first])
     DataCounter(inputs.mixture.name).take(batch)
     batch["predicting"], batch["targets"] = supervised_positions(batch.pop("labels"))
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -265,7 +265,7 @@ def report_packing(
 
 
 def padding_share(batches: Sequence[Sequence[int]]) -> float:
-    """Return the share of padding among all tokens of batches that are as wide as their longest row.
+    """Return the share of padding in batches that are as wide as their longest row.
 
     Args:
         batches: Tokens of each row of each batch.

@@ -37,6 +37,8 @@ class GroupedBatchSampler(Sampler[list[int]]):
         rng_state: State of PyTorch's global generator to draw from instead of seed and epoch, as
             the original does; of its own first epoch `released_state(seed)`.
         by_modality: Off groups by length alone.
+        alike_in_length: Put samples of like length into one micro-batch. The original evens out
+            the totals of micro-batches instead, which saves no padding.
 
     Raises:
         DataError: If there is no sample, or one without a word.
@@ -55,6 +57,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
         start_batch: int = 0,
         rng_state: Tensor | None = None,
         by_modality: bool = True,
+        alike_in_length: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} processes")
@@ -66,6 +69,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
         self._rank = rank
         self._rng_state = rng_state
         self._by_modality = by_modality
+        self._alike_in_length = alike_in_length
         self.epoch = epoch
         self.start_batch = start_batch
         _check_lengths(self._lengths)
@@ -95,6 +99,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
             chunks=self._chunks,
             generator=generator,
             by_modality=self._by_modality,
+            alike_in_length=self._alike_in_length,
         )
 
 
@@ -117,6 +122,7 @@ def grouped_order(
     generator: torch.Generator,
     last_generator: torch.Generator | None = None,
     by_modality: bool = True,
+    alike_in_length: bool = False,
 ) -> list[int]:
     """Return all positions in the order of training.
 
@@ -128,19 +134,24 @@ def grouped_order(
         last_generator: Of the permutation of megabatches, or the only one where all samples are of
             one modality; by default the same. The original's `generator` argument is this one.
         by_modality: Off groups by length alone, without regard to the sign.
+        alike_in_length: See `GroupedBatchSampler`.
     """
     signed = np.asarray(lengths, dtype=np.int64)
     last_generator = last_generator or generator
     if not by_modality:
-        return _by_length(np.abs(signed), batch_size, chunks, last_generator)
+        return _by_length(
+            np.abs(signed), batch_size, chunks, last_generator, is_dealt=not alike_in_length
+        )
     if (signed > 0).all() or (signed < 0).all():
         # Without absolute values, also for text: shortest first, as the original does.
-        return _by_length(signed, batch_size, chunks, last_generator)
+        return _by_length(signed, batch_size, chunks, last_generator, is_dealt=not alike_in_length)
     megabatch = batch_size * chunks
     kept: list[list[int]] = []
     put_last: list[int] = []
     for positions in (np.flatnonzero(signed > 0), np.flatnonzero(signed < 0)):
-        order = _by_length(np.abs(signed[positions]), batch_size, chunks, generator)
+        order = _by_length(
+            np.abs(signed[positions]), batch_size, chunks, generator, is_dealt=not alike_in_length
+        )
         slices = _slices(positions[order].tolist(), megabatch)
         # The last one, even if it is full: it may be mixed with the other modality's.
         put_last += slices.pop()
@@ -166,15 +177,20 @@ def rank_batches(
 
 
 def _by_length(
-    lengths: NDArray[np.int64], batch_size: int, chunks: int, generator: torch.Generator
+    lengths: NDArray[np.int64],
+    batch_size: int,
+    chunks: int,
+    generator: torch.Generator,
+    *,
+    is_dealt: bool,
 ) -> list[int]:
-    """Shuffle, then sort and deal within megabatches."""
+    """Shuffle, then sort within megabatches, and deal them into chunks if asked for."""
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
     sizes = lengths.tolist()
     ordered: list[int] = []
     for megabatch in _slices(shuffled, batch_size * chunks):
         megabatch.sort(key=sizes.__getitem__, reverse=True)
-        for chunk in _deal(megabatch, sizes, chunks):
+        for chunk in _deal(megabatch, sizes, chunks) if is_dealt else [megabatch]:
             ordered += chunk
     return ordered
 

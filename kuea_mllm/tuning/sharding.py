@@ -105,7 +105,8 @@ def exchange_gradients(
     """
     divided = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
     # accelerate refuses to wrap a model with divided weights, which need no exchange here.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, divided)
+    wrapper: Any = DistributedDataParallel
+    wrapper._set_params_and_buffers_to_ignore_for_model(model, divided)
     return DistributedDataParallel(
         model, device_ids=None if device.type == "cpu" else [device], **settings
     )

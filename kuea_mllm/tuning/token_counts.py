@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -99,7 +100,7 @@ class _Counts(Dataset[NDArray[np.int32]]):
         self._collator = collator
 
     def __len__(self) -> int:
-        return -(-len(self._mixture) // _BATCH)
+        return math.ceil(len(self._mixture) / _BATCH)
 
     def __getitem__(self, number: int) -> NDArray[np.int32]:
         begin = number * _BATCH

@@ -55,10 +55,10 @@ def wrap_with_lora(
         # PEFT 0.21 asks for a property that transformers 5 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         wrapped = peft.get_peft_model(model, settings)
-    for layer in wrapped.modules():
-        if isinstance(layer, BaseTunerLayer):
-            # Under autocast the input of a LoRA layer is cast to float32 and back for nothing.
-            layer.cast_input_dtype_enabled = not uses_autocast
+    layers: list[Any] = [m for m in wrapped.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        # Under autocast the input of a LoRA layer is cast to float32 and back for nothing.
+        layer.cast_input_dtype_enabled = not uses_autocast
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

@@ -19,6 +19,7 @@ from kuea_mllm.manifest import library_versions
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.miniworld.build_flamingo import build_flamingo
 from kuea_mllm.miniworld.images import contact_sheet, write_images
+from kuea_mllm.miniworld.mixture import write_mixture
 from kuea_mllm.miniworld.tasks import write_tasks
 from kuea_mllm.reporting.alignment import alignment_section
 from kuea_mllm.reporting.blocks import Bullets, Code, Figure, KeyValues, Paragraph, Section
@@ -26,11 +27,14 @@ from kuea_mllm.reporting.encoder import encoder_table
 from kuea_mllm.reporting.examples import pick_examples
 from kuea_mllm.reporting.html import write_quickstart_report
 from kuea_mllm.reporting.pages import comparison_sections, comparison_summary
-from kuea_mllm.reporting.shots import shots_comparison_text, shots_table
+from kuea_mllm.reporting.peft import peft_section, peft_text
+from kuea_mllm.reporting.shots import shots_comparison_text, shots_section
 from kuea_mllm.reporting.tables import comparison_text
 from kuea_mllm.reporting.view import parse_comparison
 from kuea_mllm.swapping import SwapReceipt
 from kuea_mllm.workflows.flamingo import compare_in_flamingo
+from kuea_mllm.workflows.peft_scores import read_answers, summarise_peft
+from kuea_mllm.workflows.peft_table import CONVERSATIONS, make_peft_models
 from kuea_mllm.workflows.steps import (
     align_miniworld,
     answer_questions,
@@ -59,8 +63,8 @@ def run_quickstart(
         steps: Alignment steps; None keeps the recipe's.
         questions: Questions for each task.
         seed: Seed of pictures, questions and data order.
-        full: Also train a mini Flamingo, and compare the towers in it with and without
-            demonstrations.
+        full: Also tune both LLaVAs with LoRA; train a mini Flamingo, and compare the towers in it
+            with and without demonstrations.
         show_progress: Show headings and progress bars.
 
     Returns:
@@ -70,7 +74,7 @@ def run_quickstart(
     console = Console(stderr=True, quiet=not show_progress)
     with _removed_on_failure(out):
         started = time.perf_counter()
-        last = 6 if full else 5
+        last = 7 if full else 5
         images, heldout, tasks = out / "images", out / "heldout", out / "tasks"
         console.rule(f"1/{last}  The mini world", align="left")
         write_images(images, split="train", count=TRAIN_IMAGES, seed=seed)
@@ -116,9 +120,13 @@ def run_quickstart(
         ).to_json()
         write_json(out / "comparison.json", comparison)
         console.print(comparison_text(comparison))
-        flamingo = None
+        lora = flamingo = None
         if full:
-            console.rule(f"6/{last}  The same towers in a Flamingo", align="left")
+            console.rule(f"6/{last}  Tune both LLaVAs with LoRA", align="left")
+            lora = _tune_both(out, seed=seed, show_progress=show_progress)
+            console.print(*peft_text(lora), sep="\n\n")
+
+            console.rule(f"7/{last}  The same towers in a Flamingo", align="left")
             flamingo = _compare_in_flamingo(
                 out, aligned, questions=questions, seed=seed, show_progress=show_progress
             )
@@ -131,6 +139,7 @@ def run_quickstart(
             receipt=receipt,
             encoder=encoder,
             comparison=comparison,
+            lora=lora,
             flamingo=flamingo,
             seconds=seconds,
         )
@@ -140,6 +149,7 @@ def run_quickstart(
         "alignment": {"before": aligned.before, "after": aligned.after},
         "encoder": encoder,
         "comparison": comparison,
+        **({} if lora is None else {"lora": lora}),
         **({} if flamingo is None else {"flamingo": flamingo}),
     }
 
@@ -165,31 +175,29 @@ def _compare_in_flamingo(
     return record
 
 
-def _flamingo_sections(record: dict[str, Any] | None) -> list[Section]:
-    if record is None:
-        return []
-    return [
-        Section(
-            "With and without demonstrations",
-            [
-                Paragraph(
-                    "A mini Flamingo, the classes of OpenFlamingo-3B with small numbers, was "
-                    "trained on the original tower; then only the tower was replaced. Zero shots "
-                    "are two demonstrations without their pictures, as in the published "
-                    "evaluation; captions are scored by the F1 of their words. Names are words "
-                    "without meaning that only demonstrations with pictures explain. One "
-                    "training, one seed of questions."
-                ),
-                Paragraph(
-                    "Flamingo reads the patch tokens of the last block, which the objective does "
-                    "not constrain, and nothing was trained after the swap: a loss is to be "
-                    "expected in a world this small, unlike in the paper's Table 6.",
-                    tone="note",
-                ),
-                shots_table(record),
-            ],
+def _tune_both(out: Path, *, seed: int, show_progress: bool) -> dict[str, Any]:
+    mixture = write_mixture(out / "conversations", split="train", count=CONVERSATIONS, seed=seed)
+    models, _ = make_peft_models(
+        ASSETS,
+        out / "llava-aligned",
+        mixture,
+        out,
+        seed=seed,
+        show_progress=show_progress,
+    )
+    results = {"baseline": out / "results" / "original", "align": out / "results" / "aligned"}
+    for name in ("peft", "both"):
+        results[name] = out / "results" / name
+        answer_questions(
+            models[name],
+            out / "tasks",
+            results[name],
+            seed=seed,
+            show_progress=show_progress,
         )
-    ]
+    record = summarise_peft([{name: read_answers(place) for name, place in results.items()}])
+    write_json(out / "lora.json", record)
+    return record
 
 
 def _write_report(
@@ -200,6 +208,7 @@ def _write_report(
     receipt: SwapReceipt,
     encoder: dict[str, dict[str, float]],
     comparison: dict[str, Any],
+    lora: dict[str, Any] | None,
     flamingo: dict[str, Any] | None,
     seconds: float,
 ) -> None:
@@ -239,7 +248,8 @@ def _write_report(
         *comparison_sections(
             comparison, examples=pick_examples(original, candidate, tasks, per_kind=4)
         ),
-        *_flamingo_sections(flamingo),
+        *([] if lora is None else [peft_section(lora)]),
+        *([] if flamingo is None else [shots_section(flamingo)]),
         Section(
             "Is the aligned tower really in use?",
             [
@@ -270,7 +280,8 @@ def _write_report(
                         "Look at one run's settings: align/run.yaml, or `kuea-mllm recipes show "
                         "align/miniworld`.",
                         "Drop the preservation term and watch the drift: the command below.",
-                        "Measure the spread over several worlds: `kuea-mllm world study`.",
+                        "Measure the spread over several worlds: `kuea-mllm world study`, and with "
+                        "LoRA `kuea-mllm world peft`.",
                         "Use your own tower and images: `kuea-mllm align --help`.",
                     ]
                 ),

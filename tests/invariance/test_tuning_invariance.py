@@ -78,7 +78,8 @@ def test_recomputed_activations_and_small_chunks_change_nothing(
     assert_close(alone, other)
 
 
-def test_two_processes_equal_one(world: Path, alone: dict[str, torch.Tensor]) -> None:
+def run_two(task: str, out: Path, world: Path) -> list[str]:
+    """Run a task of `tuning_world` in two processes and return what they print."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,7 +92,7 @@ def test_two_processes_equal_one(world: Path, alone: dict[str, torch.Tensor]) ->
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORLD), "group", str(world / "two"), str(world)],
+            [sys.executable, str(WORLD), task, str(out), str(world)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -101,13 +102,35 @@ def test_two_processes_equal_one(world: Path, alone: dict[str, torch.Tensor]) ->
     ]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+    return [out for out, _ in outputs]
+
+
+def test_two_processes_equal_one(world: Path, alone: dict[str, torch.Tensor]) -> None:
+    outputs = run_two("group", world / "two", world)
     assert_close(alone, weights_of(world / "two"))
     losses = [[row["loss"] for row in rows_of(world / run)] for run in ("alone", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     # Both processes' samples are counted.
-    found = json.loads(outputs[0][0].splitlines()[-1])
+    found = json.loads(outputs[0].splitlines()[-1])
     manifest = json.loads((world / "alone" / "adapter" / "kuea.json").read_text())
     assert found["data"]["samples"] == manifest["data"]["samples"]
+
+
+def test_divided_weights_stopped_and_resumed_equal_one_process(
+    world: Path, alone: dict[str, torch.Tensor]
+) -> None:
+    held = json.loads(run_two("sharded", world / "divided", world)[0].splitlines()[-1])
+    assert_close(alone, weights_of(world / "divided"))
+    records = [
+        json.loads((world / run / "adapter" / "kuea.json").read_text())
+        for run in ("alone", "divided")
+    ]
+    assert records[1]["resumed_at"] == [4]
+    # Of two layers each process always held one half, and the record still counts the whole.
+    layers = 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
+    assert held == [[layers // 2, layers]]
+    assert records[0]["trained"] == records[1]["trained"]
+    assert records[0]["vision_tower"] == records[1]["vision_tower"]
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,8 @@ def model(world: Path) -> TuningModel:
 def losses(model: TuningModel, batch: dict[str, Tensor]) -> Tensor:
     """Return the summed loss of each sample of a batch; leave gradients of all of them."""
     batch = dict(batch)
-    count = len([batch.pop(key) for key in ("positions", "left_out", "unlabelled")][0])
+    count = len(batch.pop("positions"))
+    del batch["left_out"], batch["unlabelled"]
     places, targets = supervised_positions(batch["labels"])
     if "position_ids" in batch:
         # What fills a row up begins anew, too, behind all samples; nothing of it is learned.
@@ -111,9 +112,7 @@ def test_packed_loss_and_gradient_are_those_of_the_samples_alone(
         is_sample = torch.tensor(
             [each for row in lengths for each in [True] * len(row) + [False] * (sum(row) < width)]
         )
-        torch.testing.assert_close(
-            together[is_sample], torch.stack(alone), atol=0, rtol=TOLERANCE
-        )
+        torch.testing.assert_close(together[is_sample], torch.stack(alone), atol=0, rtol=TOLERANCE)
         for name, gradient in gradients_of(model).items():
             scale = float(gradient.abs().max())
             torch.testing.assert_close(

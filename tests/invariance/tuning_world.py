@@ -2,6 +2,7 @@
 
 As a program it is one of these:
     group RESULT FOLDER        one process of a group (torchrun's variables)
+    sharded RESULT FOLDER      the same with divided weights, stopped once and resumed
     kills FOLDER COUNT SEED    `whole` from start to end, `killed` with that many `kill -9`
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 from tiny_llava_files import write_tiny_llava
@@ -25,6 +27,7 @@ from tiny_llava_files import write_tiny_llava
 from kuea_mllm.config.lora import LoraRecipe
 from kuea_mllm.training.distributed import init_if_launched, leave
 from kuea_mllm.training.run_directory import unfinished_path
+from kuea_mllm.tuning.model import TuningModel
 from kuea_mllm.tuning.run import TuningResult, run_tuning
 from kuea_mllm.tuning.trainer import TuningTrainer
 
@@ -166,10 +169,38 @@ def run_in_group(result: Path, folder: Path) -> None:
         sys.stdout.write(json.dumps(found.to_dict()) + "\n")
 
 
+def run_sharded(result: Path, folder: Path) -> None:
+    """Run with divided weights; print what a process held of them between forward and backward."""
+    init_if_launched("cpu")
+    torch.set_num_threads(1)
+    forward = TuningModel.forward
+    held: list[tuple[int, int]] = []
+
+    def watched(self, **batch):
+        loss = forward(self, **batch)
+        divided = [p for p in self.parameters() if isinstance(p, DTensor)]
+        held.append((sum(p.to_local().numel() for p in divided), sum(p.numel() for p in divided)))
+        if len(held) == 22:  # in the sixth update
+            raise RuntimeError("stopped")
+        return loss
+
+    TuningModel.forward = watched
+    recipe = recipe_of(folder, runtime__sharding="fsdp", checkpoint__every_steps=2)
+    try:
+        run_tuning(recipe, result, progress=False)
+    except RuntimeError:
+        run_tuning(recipe, result, progress=False, resume=True)
+    leave()
+    if os.environ["RANK"] == "0":
+        sys.stdout.write(json.dumps(sorted(set(held))) + "\n")
+
+
 def main() -> None:
     task, *words = sys.argv[1:]
     if task == "group":
         run_in_group(Path(words[0]), Path(words[1]))
+    elif task == "sharded":
+        run_sharded(Path(words[0]), Path(words[1]))
     else:
         kill_often(Path(words[0]), int(words[1]), int(words[2]))
 

@@ -11,6 +11,7 @@ from kuea_mllm.errors import DataError
 
 _CHUNK = 1 << 20
 _BLANK = " \t\n\r"
+DAMAGED = "is it cut short? get it again"
 
 
 def stream_entries(path: Path, key: str) -> Iterator[Any]:
@@ -36,9 +37,11 @@ def stream_entries(path: Path, key: str) -> Iterator[Any]:
             "See docs/fewshot.md for the files that a data set's folder has to hold.",
         ) from None
     except json.JSONDecodeError as error:
-        raise DataError(f"file {path} cannot be read: {error.msg}.") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"file {path} cannot be read: {' '.join(str(error).split())}.") from error
+        raise DataError(f"file {path} cannot be read: {error.msg} ({DAMAGED}).") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"file {path} cannot be read: {error.reason} ({DAMAGED}).") from error
+    except OSError as error:
+        raise DataError(f"file {path} cannot be read: {error.strerror}.") from error
 
 
 class _Reader:

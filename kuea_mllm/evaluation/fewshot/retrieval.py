@@ -22,12 +22,13 @@ from kuea_mllm.config.evaluate import Retrieval
 from kuea_mllm.data.cache import cache_folder
 from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.devices import choose_device
-from kuea_mllm.errors import EvaluationError
+from kuea_mllm.errors import EvaluationError, TowerError
 from kuea_mllm.evaluation.fewshot.images import StoredImage
 from kuea_mllm.io import create_directory
 from kuea_mllm.log import LOGGER
 from kuea_mllm.towers.encode import TowerEncoder
 from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.tower import Tower
 
 _QUERIES_AT_ONCE = 256
 _FOLDER = "retrieval"
@@ -46,7 +47,7 @@ class Retriever:
 
     def __init__(self, settings: Retrieval, *, device: str = "auto") -> None:
         self.settings = settings
-        tower = load_tower(settings.tower)
+        tower = _load(settings.tower)
         self.name = tower.fingerprint
         self.device = choose_device(device)
         self.encoder: Any = TowerEncoder(tower).to(self.device).eval()
@@ -106,7 +107,7 @@ class Retriever:
         kept = Path(folder) if folder is not None else cache_folder() / _FOLDER
         file = kept / f"{self._key(paths)}.npy"
         if file.is_file():
-            return _load(file, len(paths))
+            return _load_kept(file, len(paths))
         LOGGER.info("Embedding %d images for the retrieval of demonstrations.", len(paths))
         embedded = self._computed(paths)
         create_directory(kept)
@@ -197,7 +198,21 @@ def _first_examples(
     return [example for _, example in ranked[:count]]
 
 
-def _load(file: Path, images: int) -> Tensor:
+def _load(source: str) -> Tower:
+    try:
+        return load_tower(source)
+    except TowerError as error:
+        remedy = error.remedy
+        if remedy.startswith("Pass --"):
+            # Options that an evaluation does not have.
+            remedy = (
+                "Give a directory that states it: `kuea-mllm convert FILE DIR` makes one, and "
+                "takes --activation and --heads."
+            )
+        raise TowerError(f"key fewshot.retrieval.tower: {error.problem}", remedy) from error
+
+
+def _load_kept(file: Path, images: int) -> Tensor:
     try:
         stored = np.load(file)
     except (OSError, ValueError) as error:

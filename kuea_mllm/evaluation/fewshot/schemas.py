@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from kuea_mllm.errors import DataError
 from kuea_mllm.evaluation.fewshot.examples import Example
-from kuea_mllm.evaluation.fewshot.json_stream import stream_entries
+from kuea_mllm.evaluation.fewshot.json_stream import DAMAGED, stream_entries
 from kuea_mllm.evaluation.fewshot.vqa_accuracy import normalise_answer
 
 T = TypeVar("T")
@@ -198,8 +198,11 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
             f"file {path} does not exist.",
             "See docs/fewshot.md for the files that a data set's folder has to hold.",
         ) from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"file {path} cannot be read: {' '.join(str(error).split())}.") from error
+    except OSError as error:
+        raise DataError(f"file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"file {path} cannot be read: {reason} ({DAMAGED}).") from error
 
 
 def _converted(path: Path, convert: Callable[[], T]) -> T:

@@ -277,9 +277,8 @@ class _Writer:
         generation = self._generation()
         content = self._task_file(name, documents, self.folder / f"{name}.json", generation)
         path.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
-        return FewShotTask(
-            name, self.data.name, shots, seed, path, generation, _hash(draw, train, test)
-        )
+        content_hash = _hash(draw, train, test, stems)
+        return FewShotTask(name, self.data.name, shots, seed, path, generation, content_hash)
 
     def _write_documents(
         self, seed: int, draw: Draw, test: Sequence[Example], stems: str | None
@@ -297,7 +296,7 @@ class _Writer:
             raise EvaluationError(
                 f"ROC-AUC needs memes of both classes, and the {len(rows)} documents of "
                 f"{self.data.name} that are used have one.",
-                "Use more documents (--limit).",
+                "Use more documents: raise --limit or fewshot.num_samples, or leave them out.",
             )
         write_lines(
             path,
@@ -358,9 +357,11 @@ class _Writer:
         }
 
 
-def _hash(draw: Draw, train: Sequence[Example], test: Sequence[Example]) -> str:
-    """Hash what a task asks and shows."""
+def _hash(draw: Draw, train: Sequence[Example], test: Sequence[Example], stems: str | None) -> str:
+    """Hash what a task asks and shows, and the stems that its answers are compared by."""
     digest = hashlib.sha256()
+    if stems is not None:
+        digest.update(Path(stems).read_bytes())
     for array in (draw.documents, draw.demonstrations):
         digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     for examples, used in ((test, draw.documents), (train, np.unique(draw.demonstrations))):

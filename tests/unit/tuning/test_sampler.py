@@ -107,3 +107,20 @@ def test_sample_without_words_is_refused() -> None:
         GroupedBatchSampler([], batch_size=1, world_size=1, accumulation=1)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         GroupedBatchSampler([1], batch_size=1, world_size=2, accumulation=1, rank=2)
+
+
+def test_alike_in_length_keeps_the_updates_and_saves_padding() -> None:
+    numbers = np.random.default_rng(0)
+    lengths = (numbers.lognormal(4, 1, 500).astype(int) + 1) * numbers.choice([1, 1, -1], 500)
+    drawn = {}
+    for alike in (False, True):
+        sampler = GroupedBatchSampler(
+            lengths, batch_size=4, world_size=1, accumulation=8, seed=1, alike_in_length=alike
+        )
+        order = sampler.order()
+        batches = [np.abs(lengths[order[start : start + 4]]) for start in range(0, 500, 4)]
+        padding = sum(int((batch.max() - batch).sum()) for batch in batches)
+        updates = [frozenset(order[start : start + 32]) for start in range(0, 500, 32)]
+        drawn[alike] = (padding, updates)
+    assert drawn[False][1] == drawn[True][1]
+    assert drawn[True][0] < drawn[False][0] / 2

@@ -132,8 +132,7 @@ def test_processes_together_draw_what_one_draws_and_go_on_where_they_stopped() -
     lengths, tokens = mixture_of(300)
     one = [row for batch in sampler(lengths, tokens, accumulation=8) for row in batch]
     four = [
-        list(sampler(lengths, tokens, world_size=4, accumulation=2, rank=rank))
-        for rank in range(4)
+        list(sampler(lengths, tokens, world_size=4, accumulation=2, rank=rank)) for rank in range(4)
     ]
     together = [row for batch in zip(*four, strict=True) for (row,) in batch]
     assert together[: len(one)] == one
@@ -193,7 +192,7 @@ def test_long_sample_is_cut_as_without_packing_and_counted() -> None:
 
 
 def test_rows_longer_than_counted_are_refused() -> None:
-    with pytest.raises(DataError, match="13 tokens, more than data.max_length 12"):
+    with pytest.raises(DataError, match=r"13 tokens, more than data\.max_length 12"):
         collator()([[example([1] * 7), example([1] * 6)]])
 
 
@@ -256,7 +255,7 @@ def test_tokens_are_counted_once_and_kept_beside_the_mixture(
     assert len(kept) == 4
     for file in kept:
         file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(DataError, match="token counts .* are damaged"):
+    with pytest.raises(DataError, match=r"token counts .* are damaged"):
         counts()
 
 
