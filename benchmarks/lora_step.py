@@ -560,13 +560,21 @@ def padding_table(count: int = 665_298) -> dict[str, Any]:
     shuffled = np.random.default_rng(1).permutation(count)
     rows: dict[str, Any] = {"mean_tokens": float(tokens.mean()), "padding": {}}
     for batch_size, chunks in ((16, 8), (4, 32)):
-        grouped = GroupedBatchSampler(
-            lengths, batch_size=batch_size, world_size=1, accumulation=chunks
+        grouped, alike = (
+            GroupedBatchSampler(
+                lengths,
+                batch_size=batch_size,
+                world_size=1,
+                accumulation=chunks,
+                alike_in_length=is_alike,
+            )
+            for is_alike in (False, True)
         )
         mixed = np.array_split(tokens[shuffled], range(batch_size, count, batch_size))
         rows["padding"][str(batch_size)] = {
             "random": padding_share([batch.tolist() for batch in mixed]),
             "grouped": padding_share([tokens[batch].tolist() for batch in grouped]),
+            "by length": padding_share([tokens[batch].tolist() for batch in alike]),
         }
     started = time.perf_counter()
     packed = PackedBatchSampler(
