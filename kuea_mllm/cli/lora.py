@@ -129,11 +129,13 @@ def lora(
     if num_processes > 1 and not has_parent():
         refuse_two_launchers(num_processes)
     # Refused before anything heavy is imported.
-    loaded.accumulation(max(num_processes, launched_world_size()))
+    processes = max(num_processes, launched_world_size())
+    loaded.accumulation(processes)
     if dry_run:
         from kuea_mllm.cli.lora_plan import print_dry_run
 
-        print_dry_run(loaded, processes=num_processes, json_output=json_output)
+        if launched_rank() == 0:  # under torchrun each process comes here
+            print_dry_run(loaded, processes=processes, json_output=json_output)
     elif num_processes > 1 and not has_parent():
         launch_processes(num_processes, out)
     else:

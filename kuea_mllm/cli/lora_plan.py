@@ -30,7 +30,9 @@ def print_dry_run(recipe: LoraRecipe, *, processes: int, json_output: bool) -> N
     samples: int | None = None
     if not missing:
         from kuea_mllm.tuning.inputs import open_tuning_inputs
+        from kuea_mllm.tuning.sharding import require_shardable
 
+        require_shardable(recipe, processes=processes)
         inputs = open_tuning_inputs(recipe, progress=not json_output)
         samples = len(inputs.mixture)
         notes.append(f"{samples} records; model {inputs.base} ({inputs.adapter.name}).")

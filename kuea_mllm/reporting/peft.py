@@ -9,7 +9,6 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from kuea_mllm.reporting.blocks import Block, Paragraph, Section, Table
-from kuea_mllm.reporting.text import plural
 
 _MODELS = {"baseline": "baseline", "align": "+align", "peft": "+peft", "both": "+both"}
 _COLUMNS = {
@@ -71,7 +70,8 @@ def peft_section(record: Mapping[str, Any]) -> Section:
     else:
         blocks.append(
             Paragraph(
-                f"{plural(worlds, 'world')}; intervals are not adjusted for how many there are.",
+                "The intervals are not adjusted for their number: of twenty, one leaves out zero "
+                "by chance.",
                 tone="note",
             )
         )
@@ -128,7 +128,7 @@ def _differences(
 ) -> Table:
     rows = {}
     for found in record["differences"]:
-        name = f"{_MODELS[found['model']]} against {_MODELS[found['to']]}"
+        name = f"{_MODELS[found['model']]} vs {_MODELS[found['to']]}"
         rows[name] = [_cell(choose(column), worlds) for column in found["columns"].values()]
     return _table(caption, "models", record["scores"]["baseline"], rows)
 

@@ -84,6 +84,7 @@ class SaveCheckpoints(TrainerCallback):
         every_minutes: Minutes between checkpoints, by the clock of process zero.
         agree: As of `Interruption`.
         every: As of `Interruption`; steps between two looks at the clock.
+        at_end: Whether one is due after the last step, for work that follows and may fail.
         clock: Seconds.
     """
 
@@ -95,9 +96,11 @@ class SaveCheckpoints(TrainerCallback):
         every_minutes: float | None,
         agree: Agree = lambda wish: wish,
         every: int = 1,
+        at_end: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._at_end = at_end
         self._every_steps = every_steps
         self._seconds = None if every_minutes is None else 60 * every_minutes
         self._agree = agree
@@ -122,6 +125,7 @@ class SaveCheckpoints(TrainerCallback):
         if world_size() == 1:  # several processes fail together, at the next save
             self._store.check()
         if control.should_training_stop:
+            control.should_save = control.should_save or self._at_end
             return
         step = state.global_step
         is_due = self._every_steps is not None and step % self._every_steps == 0

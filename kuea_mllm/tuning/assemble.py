@@ -111,6 +111,7 @@ def assemble(inputs: TuningInputs, run: RunDirectory, *, progress: bool) -> Tuni
         every_minutes=recipe.checkpoint.every_minutes,
         agree=agree,
         every=every,
+        at_end=True,  # merging a large model may fail
     )
     callbacks: list[TrainerCallback] = [metrics, diverged, interruption, saving]
     sampler = make_sampler(inputs, accumulation=accumulation)

@@ -154,6 +154,12 @@ def _open_adapter(base: Path, name: str | None) -> MLLMAdapter:
             f"model directory {base} does not exist.",
             "Give the directory of an MLLM, as written by `kuea-mllm swap` or downloaded.",
         )
+    for lora in (base, base / "adapter"):
+        if (lora / "adapter_config.json").is_file() and not (base / "config.json").is_file():
+            raise UserError(
+                f"{base} holds LoRA weights, not a model.",
+                f"Merge them first: `kuea-mllm merge {base} MERGED`, then --model MERGED.",
+            )
     adapter = get_adapter(name) if name is not None else adapter_for(base)
     adapter.check_base(base)
     return adapter

@@ -43,8 +43,10 @@ def chunked_cross_entropy(
         chunk: Positions at once.
     """
     if not len(targets):
-        # Still a function of the model, so that all processes go through the same backward pass.
-        return hidden.float().sum() * 0.0
+        # Still a function of the model, so that all processes go through the same backward pass;
+        # of the output layer too, which may train.
+        nothing = hidden.float().sum() + weight[:1].float().sum()
+        return (nothing if bias is None else nothing + bias[:1].float().sum()) * 0.0
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from kuea_mllm.adapters.loading import is_out_of_memory
 from kuea_mllm.config.lora import LoraRecipe
@@ -27,6 +31,9 @@ from kuea_mllm.tuning.record import describe_tuning
 from kuea_mllm.tuning.sharding import require_shardable
 
 ADAPTER, MERGED = "adapter", "merged"
+
+# Merging 13B parameters on a slow disk takes longer than a step may.
+_LONGEST_WRITING = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -159,9 +166,7 @@ def _tune(
     parts.trainer.bind_checkpoints(run.store, state)
     try:
         with parts.interruption.listening():
-            parts.trainer.train(
-                resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint)
-            )
+            parts.trainer.train_from(run.checkpoint, run.start_step or 0)
         with fails_together():
             run.store.wait()
     finally:
@@ -173,8 +178,11 @@ def _tune(
         LOGGER.info("training was complete when the signal came: writing the result")
     took = seconds()
     counts = parts.counter.exchange()
-    with fails_together():
+    with fails_together(), _patiently():
         if rank() == 0:
+            # Of a session that ended while it wrote them.
+            for name in (ADAPTER, MERGED):
+                shutil.rmtree(run.path / name, ignore_errors=True)
             _write_result(inputs, parts, run, counts, seconds=took, resumed_at=resumed_at)
             if merge:
                 merge_adapter(
@@ -196,6 +204,19 @@ def _tune(
         data=counts,
         is_merged=merge,
     )
+
+
+@contextmanager
+def _patiently() -> Iterator[None]:
+    """Let the other processes wait for process zero longer than they wait in a step."""
+    if world_size() == 1:
+        yield
+        return
+    group: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WRITING)
+    try:
+        yield
+    finally:
+        dist.barrier(group=group)
 
 
 def _write_result(

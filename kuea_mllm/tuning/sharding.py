@@ -24,8 +24,12 @@ from kuea_mllm.log import LOGGER
 from kuea_mllm.training.distributed import world_size
 
 
-def require_shardable(recipe: LoraRecipe) -> None:
+def require_shardable(recipe: LoraRecipe, *, processes: int | None = None) -> None:
     """Refuse a division of weights that is not one, or that another program would make too.
+
+    Args:
+        recipe: What is to run.
+        processes: How many it will have; those that there are if absent.
 
     Raises:
         UserError: If so.
@@ -44,7 +48,7 @@ def require_shardable(recipe: LoraRecipe) -> None:
             f"{recipe.model.quantization}: quantised weights cannot be divided.",
             "Set one of them to none.",
         )
-    if world_size() == 1:
+    if (processes or world_size()) == 1:
         raise RecipeError(
             "key 'runtime.sharding' is fsdp, and there is one process, which would hold all.",
             "Start several with --num-processes or torchrun, or set runtime.sharding=none.",

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kuea_mllm.config.lora import LoraRecipe
+from kuea_mllm.errors import RecipeError
 from kuea_mllm.training.checkpoints import load_named_weights
 from kuea_mllm.training.history import LossHistory
 from kuea_mllm.training.interruption import outlive_signals
@@ -84,6 +85,12 @@ class TuningTrainer(ResumableTrainer):
         self._positions: deque[Tensor] = deque()
         updates = math.ceil(len(self._batches) / accumulation)
         steps = optim.steps or math.ceil(updates * (optim.epochs or 1.0))
+        if recipe.data.order == "released" and steps > updates:
+            raise RecipeError(
+                f"key 'data.order' is released, which is known of the first epoch only, and "
+                f"{steps} updates were asked for where an epoch has {updates}.",
+                "Set data.order=seed, or fewer optim.steps.",
+            )
         arguments = TrainingArguments(
             output_dir=str(output_dir),
             max_steps=steps,
@@ -117,6 +124,20 @@ class TuningTrainer(ResumableTrainer):
     def updates_per_epoch(self) -> int:
         """Optimiser steps of one pass over the data."""
         return math.ceil(len(self._batches) / self.args.gradient_accumulation_steps)
+
+    def train_from(self, checkpoint: Path | None, step: int) -> None:
+        """Train, or go on from a checkpoint; one of the last update has nothing left to train.
+
+        Args:
+            checkpoint: Its directory, None for a start from the beginning.
+            step: Updates that are done.
+        """
+        if checkpoint is not None and step >= self.args.max_steps:
+            # The stock loop would do one more.
+            self.load_trained_state(checkpoint)
+            self.state.global_step = self.state.max_steps = step
+            return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's micro-batches of one epoch."""
@@ -255,8 +276,11 @@ class EpochBatches(Sampler[list[Any]]):
 
     Args:
         sampler: All of them.
-        accumulation: Micro-batches in one update.
+        accumulation: Micro-batches of this process in one update.
         drop_last: Whether micro-batches that do not fill an update are left out.
+
+    Raises:
+        RecipeError: If none is left.
     """
 
     def __init__(
@@ -269,6 +293,12 @@ class EpochBatches(Sampler[list[Any]]):
         count = len(sampler)
         self._sampler = sampler
         self._count = count - count % accumulation if drop_last else count
+        if not self._count:
+            raise RecipeError(
+                f"key 'optim.last_update' is drop, and the {count} micro-batches of an epoch do "
+                f"not fill one update of {accumulation} (for each process).",
+                "Set a smaller optim.batch_size, or optim.last_update=run.",
+            )
         self.epoch = 0
 
     def __len__(self) -> int:

@@ -76,7 +76,7 @@ def test_one_world_has_intervals_over_questions_only() -> None:
     assert (found["low"], found["high"], found["questions"]["high"]) == (None, None, 75.0)
     text = peft_markdown(table)
     assert text.count("| models |") == 1
-    assert "| +peft against baseline | +25.0 [+0.0, +75.0] | +0.0 " in text
+    assert "| +peft vs baseline | +25.0 [+0.0, +75.0] | +0.0 " in text
     assert "| +both | 100.0 | 100.0 | 100.0 |" in text
 
 
@@ -84,8 +84,8 @@ def test_markdown_report_and_terminal_show_both_intervals() -> None:
     table = summarise_peft(WORLDS)
     text = peft_markdown(table)
     assert text.count("| models |") == 2
-    assert "| +both against +peft | +12.5 [-146.3, +171.3] (1/2) | " in text
-    assert "| +peft against baseline | +25.0 [+25.0, +25.0] (2/2) | " in text
+    assert "| +both vs +peft | +12.5 [-146.3, +171.3] (1/2) | " in text
+    assert "| +peft vs baseline | +25.0 [+25.0, +25.0] (2/2) | " in text
     assert len(peft_section(table).blocks) == 1 + 3 + 1
     assert len(peft_text(table)) == 3
 
@@ -140,7 +140,7 @@ def test_study_makes_four_models_and_goes_on_where_it_was(
     assert [a.split(":")[0].strip() for a, b in zip(first, second, strict=True) if a != b] == [
         "path"
     ]
-    assert "+both against +peft" in (tmp_path / "study" / "report.html").read_text()
+    assert "+both vs +peft" in (tmp_path / "study" / "report.html").read_text()
 
     def refuse(*args: Any, **settings: Any) -> None:
         raise AssertionError("a finished seed was repeated")
