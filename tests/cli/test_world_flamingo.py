@@ -50,7 +50,8 @@ def test_world_without_a_clip_is_refused(kuea, tmp_path):
 
 
 def test_full_quickstart_compares_the_towers_in_a_flamingo(tmp_path):
-    from kuea_mllm.workflows.quickstart import _compare_in_flamingo, _flamingo_sections
+    from kuea_mllm.reporting.shots import shots_section
+    from kuea_mllm.workflows.quickstart import _compare_in_flamingo
 
     tower = load_tower(ASSETS / "clip")
     with torch.no_grad():
@@ -67,7 +68,5 @@ def test_full_quickstart_compares_the_towers_in_a_flamingo(tmp_path):
     assert record == json.loads((tmp_path / "flamingo.json").read_text())
     assert record["fingerprints"]["aligned"] == tower.fingerprint
     assert record["fingerprints"]["original"] == load_tower(ASSETS / "clip").fingerprint
-    (section,) = _flamingo_sections(record)
-    table = section.blocks[-1]
+    table = shots_section(record).blocks[-1]
     assert [row[1] for row in table.rows] == ["original", "aligned", "difference"] * 2
-    assert _flamingo_sections(None) == []

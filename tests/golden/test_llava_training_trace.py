@@ -142,6 +142,7 @@ class Run:
         self.losses: list[tuple[int, float]] = []
         self.recorder = Recorder()
         trainer = self.parts.trainer
+        trainer.bind_checkpoints(store, dict)
         trainer.add_callback(self.recorder)
         add = trainer.history.add
 
