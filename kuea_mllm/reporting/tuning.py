@@ -25,8 +25,8 @@ from kuea_mllm.reporting.text import count, plural
 _FIGURES = {
     "loss": (
         "Loss over the updates of the run",
-        "Mean cross-entropy of the predicted tokens of each update. Updates differ in what they "
-        "hold (short answers, long ones, text alone), so neighbouring points jump.",
+        "Mean cross-entropy of the predicted tokens, of the updates since the row before. Updates "
+        "differ in what they hold (short answers, long ones, text alone), so points jump.",
     ),
     "training": (
         "Learning rate, gradient norm and speed over the updates",

@@ -24,7 +24,7 @@ from kuea_mllm.adapters.records import (
     read_record,
     tower_fingerprints,
 )
-from kuea_mllm.adapters.registry import adapter_for, get_adapter
+from kuea_mllm.adapters.registry import adapter_for, get_adapter, read_model_config
 from kuea_mllm.errors import EnvironmentFailure, OutputError, UserError
 from kuea_mllm.io import atomic_directory, require_free_output, write_json, write_text
 from kuea_mllm.log import LOGGER
@@ -209,6 +209,22 @@ def find_base(lora: LoraDirectory) -> Path:
     )
 
 
+def _recorded_adapter(lora: LoraDirectory, base: Path) -> MLLMAdapter:
+    """Return the adapter that tuned; a recipe may have named another than recognises the base."""
+    recognised = adapter_for(base)
+    named = lora.record.get("adapter")
+    if named is None or named == recognised.name:
+        return recognised
+    adapter = get_adapter(str(named))
+    if not adapter.recognises(read_model_config(base)):
+        raise UserError(
+            f"{lora.path} was trained on a model of the adapter {named}, {base} is one of "
+            f"{recognised.name}.",
+            "Give the base it was trained on with --base.",
+        )
+    return adapter
+
+
 def _plan(base: Path | None, adapter: Path, mllm: MLLMAdapter | None) -> _Plan:
     lora = open_lora_directory(Path(adapter))
     base = find_base(lora) if base is None else Path(base)
@@ -218,15 +234,7 @@ def _plan(base: Path | None, adapter: Path, mllm: MLLMAdapter | None) -> _Plan:
             f"file {lora.path / RECORD_FILE} is of kind {kind!r}, not of LoRA weights.",
             "It belongs to another directory.",
         )
-    model_adapter = mllm or adapter_for(base)
-    named = lora.record.get("adapter")
-    if named is not None and named != model_adapter.name:
-        get_adapter(str(named))
-        raise UserError(
-            f"{lora.path} was trained on a model of the adapter {named}, {base} is one of "
-            f"{model_adapter.name}.",
-            "Give the base it was trained on with --base.",
-        )
+    model_adapter = mllm or _recorded_adapter(lora, base)
     model_adapter.check_base(base)
     if not isinstance(model_adapter, MLLMTuner):
         raise UserError(f"models of the adapter {model_adapter.name} cannot be tuned or merged.")

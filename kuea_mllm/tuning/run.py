@@ -191,6 +191,7 @@ def _tune(
                     run.path / MERGED,
                     # Where it will lie when the run is complete.
                     reference=str(run.out / ADAPTER),
+                    mllm=inputs.adapter,
                     command=current_command(),
                 )
             if finish is not None:
