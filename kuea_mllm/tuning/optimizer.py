@@ -50,6 +50,19 @@ def parameter_groups(
     ]
 
 
+def require_device(optim: TuningOptimConfig, *, is_cuda: bool) -> None:
+    """Make sure that the optimiser runs on the device.
+
+    Raises:
+        EnvironmentFailure: If bitsandbytes is needed and the device is not a GPU.
+    """
+    if optim.optimizer != "adamw" and not is_cuda:
+        raise EnvironmentFailure(
+            f"key 'optim.optimizer' is {optim.optimizer}, which runs on CUDA only.",
+            "Set optim.optimizer=adamw.",
+        )
+
+
 def make_optimizer(
     inner: nn.Module, parts: TuningParts, optim: TuningOptimConfig, *, is_cuda: bool
 ) -> torch.optim.Optimizer:
@@ -62,11 +75,7 @@ def make_optimizer(
     settings: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
     if optim.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=is_cuda, **settings)
-    if not is_cuda:
-        raise EnvironmentFailure(
-            f"key 'optim.optimizer' is {optim.optimizer}, which runs on CUDA only.",
-            "Set optim.optimizer=adamw.",
-        )
+    require_device(optim, is_cuda=is_cuda)
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 
     kinds: dict[str, Any] = {

@@ -26,6 +26,7 @@ from kuea_mllm.tuning.assemble import TuningAssembly, assemble
 from kuea_mllm.tuning.identity import KIND, identify_run
 from kuea_mllm.tuning.inputs import TuningInputs, log_inputs, open_tuning_inputs
 from kuea_mllm.tuning.merge import merge_adapter
+from kuea_mllm.tuning.optimizer import require_device
 from kuea_mllm.tuning.output import save_adapter
 from kuea_mllm.tuning.record import describe_tuning
 from kuea_mllm.tuning.sharding import require_shardable
@@ -116,6 +117,9 @@ def run_tuning(
     require_shardable(recipe)
     with fails_together():
         inputs = open_tuning_inputs(recipe, progress=progress)
+        # Not with the inputs, which are also opened where a run on other machines is planned.
+        is_cuda = inputs.recipe.runtime.device.startswith("cuda")
+        require_device(inputs.recipe.optim, is_cuda=is_cuda)
     with (
         open_run(out, identify_run(inputs), resume=resume, restart=restart) as run,
         log_file(run.path / "run.log") if rank() == 0 else nullcontext(),

@@ -82,3 +82,14 @@ def test_run_whose_merge_failed_is_resumed_to_its_end(
     weights = [load_file(run.adapter / "adapter_model.safetensors") for run in (whole, found)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_optimiser_that_needs_cuda_is_refused_before_the_model_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning_run, "assemble", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(EnvironmentFailure, match=r"'optim\.optimizer' is paged_adamw.* CUDA only"):
+        run_tuning(
+            recipe_of(world, optim__optimizer="paged_adamw"), tmp_path / "out", progress=False
+        )
+    assert not list(tmp_path.iterdir())
