@@ -27,7 +27,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
 # Where transformers noted what a file was loaded from; nothing reads it.
 _LOADED_FROM = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _TEXTS = (".md", ".txt", ".yaml", ".yml")
-_HOME = re.compile(r"/(?:home|Users)/[^/\s`'\"]+/[^\s`'\"]*|/root/[^\s`'\"]*|[A-Za-z]:\\Users\\\S*")
+_HOME = re.compile(r"/(?:(?:home|Users)/[^/\s`'\"]+|root)/[^\s`'\"]*|[A-Za-z]:\\Users\\\S*")
 
 
 @dataclass(frozen=True)

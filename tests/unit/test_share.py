@@ -321,7 +321,7 @@ def test_unfinished_directory_is_refused(hub: FakeHub, tower: Path, place: str) 
 
 
 def test_traces_of_loading_are_left_out_of_settings(hub: FakeHub, tower: Path) -> None:
-    edit_json("config.json", _name_or_path="/root/x/clip", model_type="clip_vision_model")(tower)
+    edit_json("config.json", _name_or_path="/home/x/clip", model_type="clip_vision_model")(tower)
     push_directory(tower, REPO)
     config = json.loads(hub.uploaded["config.json"])
     assert "_name_or_path" not in config
