@@ -13,7 +13,10 @@ from kuea_mllm.cli.common import (
     DryRun,
     Heads,
     Json,
+    NumProcesses,
     Out,
+    Restart,
+    Resume,
     SetOption,
     print_json,
     verb,
@@ -68,15 +71,9 @@ def align(
     ] = None,
     overrides: SetOption = None,
     dry_run: DryRun = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the unfinished run of --out.")
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Drop the unfinished run of --out.")
-    ] = False,
-    num_processes: Annotated[
-        int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")
-    ] = 1,
+    resume: Resume = False,
+    restart: Restart = False,
+    num_processes: NumProcesses = 1,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Arithmetic of the towers.")] = None,
     batch_size: Annotated[

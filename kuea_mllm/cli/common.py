@@ -48,6 +48,14 @@ Heads = Annotated[
     typer.Option(help="Attention heads, for checkpoint files with another width than 64 each."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what lies unfinished beside --out.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Drop what lies unfinished beside --out.")]
+NumProcesses = Annotated[
+    int,
+    typer.Option("--num-processes", min=1, help="Processes on this machine, one for each GPU."),
+]
 
 INTERRUPTED = 130
 TERMINATED = 143

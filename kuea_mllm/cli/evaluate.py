@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kuea_mllm.cli.common import DryRun, Json, Out, SetOption, print_json, verb
+from kuea_mllm.cli.common import (
+    DryRun,
+    Json,
+    Out,
+    Restart,
+    Resume,
+    SetOption,
+    print_json,
+    verb,
+)
 
 if TYPE_CHECKING:
     from kuea_mllm.config.evaluate import EvalRecipe
@@ -38,12 +47,8 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     overrides: SetOption = None,
     dry_run: DryRun = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the unfinished evaluation of --out.")
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Drop the unfinished evaluation of --out.")
-    ] = False,
+    resume: Resume = False,
+    restart: Restart = False,
     json_output: Json = False,
 ) -> None:
     """Answer the questions of benchmarks and let lmms-eval score them.

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kuea_mllm.cli.align import Compat
-from kuea_mllm.cli.common import DryRun, Json, Out, SetOption, print_json, verb
+from kuea_mllm.cli.common import (
+    DryRun,
+    Json,
+    NumProcesses,
+    Out,
+    Restart,
+    Resume,
+    SetOption,
+    print_json,
+    verb,
+)
 from kuea_mllm.cli.launching import launch_processes, refuse_two_launchers
 from kuea_mllm.launch import has_parent, launched_rank, launched_world_size
 
@@ -52,15 +62,9 @@ def lora(
         bool, typer.Option("--merge", help="Also write OUT/merged, a plain model directory.")
     ] = False,
     dry_run: DryRun = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the unfinished run of --out.")
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Drop the unfinished run of --out.")
-    ] = False,
-    num_processes: Annotated[
-        int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")
-    ] = 1,
+    resume: Resume = False,
+    restart: Restart = False,
+    num_processes: NumProcesses = 1,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     quantization: Annotated[
         Quantization | None, typer.Option(help="Hold the frozen language model in fewer bits.")
