@@ -128,10 +128,16 @@ class ChatRequest:
     Attributes:
         prompt: The user's question, without any conversation template or image placeholder.
         images: PIL images, put before the question; empty for a text-only question.
+        image_keys: One name per image; images of one name have equal pixels, so that what a runtime
+            computes of one image alone may serve several questions. Empty where that is not known.
+        pixels: What `PreprocessingRuntime.preprocess` gave for each image; empty if it was not
+            asked.
     """
 
     prompt: str
     images: tuple[Image, ...] = ()
+    image_keys: tuple[str, ...] = ()
+    pixels: tuple[Any, ...] = ()
 
 
 @runtime_checkable
@@ -174,6 +180,41 @@ class MLLMRuntime(Protocol):
         """Return the tensors of the tower that is really in use, named as in the vision body.
 
         A fingerprint of these proves which tower gave the answers.
+        """
+        ...
+
+
+@runtime_checkable
+class ChoosingRuntime(Protocol):
+    """What a runtime may provide on top: the likeliest of some given answers."""
+
+    def choose(self, requests: Sequence[ChatRequest], candidates: Sequence[str]) -> list[str]:
+        """Pick the candidate that the model would rather begin its answer with.
+
+        The probabilities of the first new token are compared, in float32; nothing is generated.
+
+        Args:
+            requests: The batch; without any, only the candidates are checked.
+            candidates: Answers of one token each, the earlier one first where two are as likely.
+
+        Returns:
+            One candidate per request.
+
+        Raises:
+            UserError: Naming a candidate that is not one token of its own.
+        """
+        ...
+
+
+@runtime_checkable
+class PreprocessingRuntime(Protocol):
+    """What a runtime may provide on top: preparing images ahead, while the model is at work."""
+
+    def preprocess(self, image: Image) -> Any:
+        """Return what the model reads of an image, on the CPU; called from several threads.
+
+        Raises:
+            DataError: If the image cannot be decoded.
         """
         ...
 

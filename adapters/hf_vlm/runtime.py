@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kuea_mllm.adapters.base import ChatRequest
+from kuea_mllm.adapters.choosing import candidate_tokens, likeliest
 from kuea_mllm.adapters.generation import check_generation_options
+from kuea_mllm.adapters.hf_vlm.sharing import ImageSharing
 from kuea_mllm.adapters.hf_vlm.structure import conversing_class, find_tower
 from kuea_mllm.adapters.images import as_plain_rgb
 from kuea_mllm.adapters.loading import failures_named, load_model, resolve_device, resolve_dtype
@@ -52,6 +55,7 @@ class HFVLMRuntime:
             eos_token_id=self._ends,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        self.sharing = ImageSharing(model, self.tokenizer.pad_token_id)
 
     @classmethod
     def load(cls, model_dir: Path, *, dtype: str, device: str) -> HFVLMRuntime:
@@ -116,16 +120,37 @@ class HFVLMRuntime:
             # top_k would otherwise default to 50, which nobody asked for.
             options |= {"temperature": temperature, "top_k": 0}
             options |= {} if top_p is None else {"top_p": top_p}
-        # Processors disagree about batches in which only some rows have images, so rows are asked
-        # together only with rows that have as many.
-        groups: dict[int, list[int]] = {}
-        for position, request in enumerate(requests):
-            groups.setdefault(len(request.images), []).append(position)
         answers: dict[int, list[int]] = {}
-        for positions in groups.values():
+        for positions in _same_image_counts(requests):
             found = self._answer([requests[position] for position in positions], options)
             answers |= dict(zip(positions, found, strict=True))
         return [answers[position] for position in range(len(requests))]
+
+    def choose(self, requests: Sequence[ChatRequest], candidates: Sequence[str]) -> list[str]:
+        """Pick the likeliest candidate for each question; see `ChoosingRuntime.choose`.
+
+        Raises:
+            UserError: Naming a candidate that is not one token of its own, or if the model cannot
+                take a question.
+            EnvironmentFailure: If the device runs out of memory.
+        """
+        tokens = candidate_tokens(self.tokenizer, candidates)
+        chosen: dict[int, str] = {}
+        for positions in _same_image_counts(requests):
+            group = [requests[position] for position in positions]
+            with self._memory_named(len(group)), torch.inference_mode():
+                # By `generate`, which gives each class of models the inputs that it wants.
+                inputs = self.sharing.inputs(group, self.prepare)
+                output = self.model.generate(
+                    **inputs,
+                    max_new_tokens=1,
+                    do_sample=False,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+            found = likeliest(output.logits[0][:, tokens], candidates)
+            chosen |= dict(zip(positions, found, strict=True))
+        return [chosen[position] for position in range(len(requests))]
 
     def prepare(self, requests: Sequence[ChatRequest]) -> dict[str, Tensor]:
         """Turn requests with the same number of images into the inputs of the model.
@@ -175,20 +200,27 @@ class HFVLMRuntime:
     def _answer(
         self, requests: Sequence[ChatRequest], options: Mapping[str, Any]
     ) -> list[list[int]]:
-        inputs = self.prepare(requests)
-        try:
-            with torch.inference_mode():
-                output: Tensor = self.model.generate(
-                    **inputs, **options, suppress_tokens=self._suppressed or None
-                )
-        except torch.OutOfMemoryError as error:
-            raise EnvironmentFailure(
-                f"out of memory on {self.model.device} while answering {len(requests)} questions "
-                "at once.",
-                "Choose a smaller --batch-size, a smaller dtype or a larger device.",
-            ) from error
+        with self._memory_named(len(requests)), torch.inference_mode():
+            inputs = self.sharing.inputs(requests, self.prepare)
+            if options["num_beams"] > 1 and "past_key_values" in inputs:
+                # transformers repeats all the other inputs for its beams.
+                inputs["past_key_values"].batch_repeat_interleave(options["num_beams"])
+            output: Tensor = self.model.generate(
+                **inputs, **options, suppress_tokens=self._suppressed or None
+            )
         new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [_until(row, self._ends) for row in new_ids]
+
+    @contextmanager
+    def _memory_named(self, count: int) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self.sharing.prefixes.forget()
+            raise EnvironmentFailure(
+                f"out of memory on {self.model.device} while answering {count} questions at once.",
+                "Choose a smaller --batch-size, a smaller dtype or a larger device.",
+            ) from error
 
     def _conversation(self, request: ChatRequest) -> list[dict[str, Any]]:
         question = request.prompt
@@ -237,6 +269,17 @@ def require_chat(processor: Any, where: str) -> None:
             "Swapping and verifying work without one. To ask questions, add the "
             "chat_template.jinja that the model was trained with, or use an adapter of its own.",
         )
+
+
+def _same_image_counts(requests: Sequence[ChatRequest]) -> list[list[int]]:
+    """Return the places of requests, those with as many images together.
+
+    Processors disagree about batches in which only some rows have images.
+    """
+    groups: dict[int, list[int]] = {}
+    for position, request in enumerate(requests):
+        groups.setdefault(len(request.images), []).append(position)
+    return list(groups.values())
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -1,22 +1,37 @@
-"""Answers questions with a LLaVA-1.5 directory: batched, left padded, greedy unless asked."""
+"""Answers questions with a LLaVA-1.5 directory: batched, left padded, greedy unless asked.
+
+Questions about one image share what comes before the question (see `prefix_sharing`), wherever
+requests say by `image_keys` that their images are the same.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kuea_mllm.adapters.base import ChatRequest
+from kuea_mllm.adapters.choosing import candidate_tokens, likeliest
 from kuea_mllm.adapters.generation import check_generation_options
 from kuea_mllm.adapters.llava.adapter import resolve_config
 from kuea_mllm.adapters.llava.images import PaddedImages, padded_images
 from kuea_mllm.adapters.llava.loading import load_model_and_tokenizer
 from kuea_mllm.adapters.llava.prompt import build_prompt, check_tokenizer, tokenize_prompt
+from kuea_mllm.adapters.prefix_sharing import (
+    Prompt,
+    SharedPrefixes,
+    next_inputs,
+    padded_left,
+)
 from kuea_mllm.errors import EnvironmentFailure, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LOGGER = logging.getLogger("kuea_mllm")
 
@@ -42,6 +57,7 @@ class LlavaRuntime:
         self._tokens_per_image = tokens_per_image(model.config)
         self._pad_token_id = _padding_token(tokenizer, model.config, where)
         self._suppressed = self._tokens_never_to_generate()
+        self.prefixes = SharedPrefixes()
         self._forget_stored_sampling()
 
     @classmethod
@@ -93,64 +109,123 @@ class LlavaRuntime:
         check_generation_options(max_new_tokens, num_beams, temperature, top_p)
         if not requests:
             return []
-        inputs = self.prepare(requests)
-        self._warn_of_length(inputs["input_ids"].shape[1] + max_new_tokens)
+        prompts = self._prompts(requests)
+        self._warn_of_length(max(len(prompt.ids) for prompt in prompts) + max_new_tokens)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             # top_k would otherwise default to 50, which the original never used.
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
             if top_p is not None:
                 sampling["top_p"] = top_p
-        try:
-            with torch.inference_mode():
-                output: Tensor = self.model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    num_beams=num_beams,
-                    suppress_tokens=self._suppressed or None,
-                    pad_token_id=self._pad_token_id,
-                    bos_token_id=self.tokenizer.bos_token_id,
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    **sampling,
-                )
-        except torch.OutOfMemoryError as error:
-            raise EnvironmentFailure(
-                f"out of memory on {self.model.device} while answering {len(requests)} questions "
-                "at once.",
-                "Choose a smaller --batch-size, a smaller dtype or a larger device.",
-            ) from error
+        with self._memory_named(len(requests)), torch.inference_mode():
+            inputs = self._inputs(prompts, requests)
+            if num_beams > 1 and "past_key_values" in inputs:
+                # transformers repeats all the other inputs for its beams.
+                inputs["past_key_values"].batch_repeat_interleave(num_beams)
+            output: Tensor = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                suppress_tokens=self._suppressed or None,
+                pad_token_id=self._pad_token_id,
+                bos_token_id=self.tokenizer.bos_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+                **sampling,
+            )
         new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [_until(row, self.tokenizer.eos_token_id) for row in new_ids]
 
+    def choose(self, requests: Sequence[ChatRequest], candidates: Sequence[str]) -> list[str]:
+        """Pick the likeliest candidate for each question; see `ChoosingRuntime.choose`.
+
+        Raises:
+            UserError: Naming a candidate that is not one token of its own.
+            EnvironmentFailure: If the device runs out of memory.
+        """
+        tokens = candidate_tokens(self.tokenizer, candidates)
+        if not requests:
+            return []
+        prompts = self._prompts(requests)
+        self._warn_of_length(max(len(prompt.ids) for prompt in prompts) + 1)
+        with self._memory_named(len(requests)), torch.inference_mode():
+            inputs = next_inputs(self._inputs(prompts, requests))
+            last = self.model.model(**inputs, use_cache=True).last_hidden_state[:, -1].float()
+            # In float32 whatever the model's dtype: bfloat16 logits lie up to 0.1 apart and tie.
+            logits = last @ self.model.lm_head.weight[tokens].float().T
+        return likeliest(logits, candidates)
+
+    def preprocess(self, image: Image) -> Tensor:
+        """Return the pixel values of one image, (3, size, size), float32, on the CPU.
+
+        Raises:
+            DataError: If the image cannot be decoded.
+        """
+        return self._images([image])[0]
+
     def prepare(self, requests: Sequence[ChatRequest]) -> dict[str, Tensor]:
-        """Turn requests into the inputs of the model.
+        """Turn requests into the inputs of the model, each complete in itself.
 
         Returns:
             `input_ids` and `attention_mask`, (batch, longest prompt), padded on the left;
             `pixel_values`, (images, 3, size, size), in the model's dtype, absent without images.
         """
-        rows = [
-            tokenize_prompt(
+        return self._read([prompt.ids for prompt in self._prompts(requests)], requests)
+
+    def _prompts(self, requests: Sequence[ChatRequest]) -> list[Prompt]:
+        image_token = self.model.config.image_token_id
+        prompts = []
+        for request in requests:
+            ids = tokenize_prompt(
                 build_prompt(request.prompt, image_count=len(request.images)),
                 self.tokenizer,
-                image_token_id=self.model.config.image_token_id,
+                image_token_id=image_token,
                 tokens_per_image=self._tokens_per_image,
             )
-            for request in requests
-        ]
-        width = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), width), self._pad_token_id)
-        # Not derived from the ids: the padding token may be a token that occurs in a prompt.
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for number, row in enumerate(rows):
-            input_ids[number, width - len(row) :] = torch.tensor(row)
-            attention_mask[number, width - len(row) :] = 1
+            prefix = len(ids) - ids[::-1].index(image_token) if request.images else 0
+            prompts.append(Prompt(ids, prefix, request.image_keys))
+        return prompts
+
+    def _inputs(self, prompts: Sequence[Prompt], requests: Sequence[ChatRequest]) -> dict[str, Any]:
+        if not self.prefixes.pay(prompts):
+            return self._read([prompt.ids for prompt in prompts], requests)
+
+        def prefill(places: Sequence[int]) -> Any:
+            rows = [prompts[place].ids[: prompts[place].prefix] for place in places]
+            inputs = next_inputs(dict(self._read(rows, [requests[place] for place in places])))
+            return self.model.model(**inputs, use_cache=True).past_key_values
+
+        return self.prefixes.lay_out(
+            prompts, prefill, pad_token_id=self._pad_token_id, device=self.model.device
+        )
+
+    def _read(
+        self, rows: Sequence[Sequence[int]], requests: Sequence[ChatRequest]
+    ) -> dict[str, Tensor]:
+        input_ids, attention_mask = padded_left(rows, self._pad_token_id)
         device = self.model.device
         inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-        pictures = [image for request in requests for image in request.images]
-        if pictures:
-            inputs["pixel_values"] = self._images(pictures).to(device, self.model.dtype)
+        pixels = self._pixels(requests)
+        if pixels is not None:
+            inputs["pixel_values"] = pixels.to(device, self.model.dtype)
         return inputs
+
+    def _pixels(self, requests: Sequence[ChatRequest]) -> Tensor | None:
+        pictures = [image for request in requests for image in request.images]
+        if not pictures:
+            return None
+        ready: list[Tensor] = [pixels for request in requests for pixels in request.pixels]
+        return torch.stack(ready) if len(ready) == len(pictures) else self._images(pictures)
+
+    @contextmanager
+    def _memory_named(self, count: int) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self.prefixes.forget()
+            raise EnvironmentFailure(
+                f"out of memory on {self.model.device} while answering {count} questions at once.",
+                "Choose a smaller --batch-size, a smaller dtype or a larger device.",
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         """Say how the model runs."""

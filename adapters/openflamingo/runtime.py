@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from kuea_mllm.adapters.base import ChatRequest
+from kuea_mllm.adapters.choosing import candidate_tokens
 from kuea_mllm.adapters.generation import check_generation_options
 from kuea_mllm.adapters.loading import failures_named, load_model, resolve_device, resolve_dtype
 from kuea_mllm.adapters.openflamingo.processing import IMAGE_TAG, OpenFlamingoProcessor
@@ -20,6 +22,8 @@ from kuea_mllm.adapters.openflamingo.released_beam import released_beam_search
 from kuea_mllm.errors import EnvironmentFailure, UserError
 
 _COUNTED_AT_ONCE = 1024
+# Images whose latents are remembered for the next questions about them: 64 MiB of the 3B model.
+_REMEMBERED = 256
 
 
 class OpenFlamingoRuntime:
@@ -38,6 +42,7 @@ class OpenFlamingoRuntime:
         # A stored temperature or length would otherwise fill in what a call leaves open.
         empty: Any = GenerationConfig
         self.model.generation_config = empty()
+        self._latents: OrderedDict[str, Tensor] = OrderedDict()
 
     @classmethod
     def load(cls, model_dir: Path, *, dtype: str, device: str) -> OpenFlamingoRuntime:
@@ -79,13 +84,30 @@ class OpenFlamingoRuntime:
         """
         answers = self.complete(
             [build_prompt(request.prompt, image_count=len(request.images)) for request in requests],
-            [request.images for request in requests],
+            self._encoded(requests),
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             temperature=temperature,
             top_p=top_p,
         )
         return [answer.strip() for answer in answers]
+
+    def choose(self, requests: Sequence[ChatRequest], candidates: Sequence[str]) -> list[str]:
+        """Pick the likeliest candidate for each question; see `ChoosingRuntime.choose`.
+
+        A candidate is scored with the blank that stands between "Short answer:" and an answer.
+
+        Raises:
+            UserError: Naming a candidate that is not one token of its own.
+            EnvironmentFailure: If the device runs out of memory.
+        """
+        candidate_tokens(self.processor.tokenizer, candidates, before=" ")
+        if not requests:
+            return []
+        prompts = [build_prompt(r.prompt, image_count=len(r.images)) for r in requests]
+        names = [f" {candidate}" for candidate in candidates]
+        scores = self.rank(prompts, self._encoded(requests), names)
+        return [candidates[row.index(max(row))] for row in scores]
 
     def complete(
         self,
@@ -193,6 +215,24 @@ class OpenFlamingoRuntime:
             latents = self.model.encode_images(pixels.to(self.model.device, self.model.dtype))
         # Copies: a view that is kept would keep the latents of the whole batch.
         return [each.clone() for each in latents]
+
+    def _encoded(
+        self, requests: Sequence[ChatRequest]
+    ) -> Sequence[Sequence[Image.Image]] | Sequence[Sequence[Tensor]]:
+        """Return the latents of all images, those with a key computed once; else the images."""
+        if not all(len(r.image_keys) == len(r.images) for r in requests):
+            return [request.images for request in requests]
+        wanted = {k: i for r in requests for k, i in zip(r.image_keys, r.images, strict=True)}
+        missing = [key for key in wanted if key not in self._latents]
+        encoded = self.encode_images([wanted[key] for key in missing])
+        found = {key: self._latents[key] for key in wanted if key in self._latents}
+        found.update(zip(missing, encoded, strict=True))
+        for key, latents in found.items():
+            self._latents[key] = latents
+            self._latents.move_to_end(key)
+        while len(self._latents) > _REMEMBERED:
+            self._latents.popitem(last=False)
+        return [[found[key] for key in request.image_keys] for request in requests]
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         """Return the length of each prompt in tokens."""

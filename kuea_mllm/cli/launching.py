@@ -38,12 +38,14 @@ def launch_processes(processes: int, out: Path) -> None:
     words = [word for word in arguments if word not in {"--restart", "--resume"}]
     again = shlex.join(["kuea-mllm", *words])
     unfinished = out.with_name(f"{out.name}.unfinished")
+    # Of an evaluation of two models, either may be the one that is unfinished.
+    evaluations = (unfinished, *(out / f"{name}.unfinished" for name in ("baseline", "candidate")))
     outcome = launch(
         arguments,
         processes=processes,
         resume=lambda: (
             f"Go on with: {again} --resume"
-            if any(unfinished.glob("checkpoints/checkpoint-*"))
+            if any(unfinished.glob("checkpoints/checkpoint-*")) or any(map(_holds, evaluations))
             else f"No checkpoint was due yet; start again with: {again} --restart"
         ),
     )
@@ -51,3 +53,8 @@ def launch_processes(processes: int, out: Path) -> None:
         fail(outcome.message)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
+
+
+def _holds(evaluation: Path) -> bool:
+    """Say whether an unfinished evaluation has kept an answer."""
+    return any(any(evaluation.glob(pattern)) for pattern in ("columns/[!.]*", "answers/*/*.jsonl"))

@@ -202,3 +202,34 @@ def peft(
 
     Console().print(*peft_text(record), sep="\n\n")
     typer.echo(f"study: {out}")
+
+
+@app.command()
+@verb
+def probe(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; goes on there.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Worlds to build, align and probe.")] = 3,
+    worlds: Annotated[
+        Path | None, typer.Option(help="Folder of built worlds (seed0, seed1, ...) to reuse.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=20, help="Pictures in each set.")] = 1000,
+    split: Annotated[str, typer.Option(help="Scans to measure on.")] = "test",
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds studied at once.")] = 1,
+    json_output: Json = False,
+) -> None:
+    """Probe original and aligned towers and two baselines over several seeds, with intervals.
+
+    Zero-shot, retrieval, linear and patch probes and pairs as in MMVP-VLM, by the code of
+    `kuea-mllm probe`. Interrupted, it goes on where it was.
+    """
+    from kuea_mllm.reporting.probe_study import probe_study_markdown
+    from kuea_mllm.workflows.probe_study import run_probe_study
+
+    record = run_probe_study(
+        out, seeds=seeds, worlds=worlds, split=split, per_set=pictures, jobs=jobs
+    )
+    if json_output:
+        print_json(record)
+        return
+    typer.echo(probe_study_markdown(record))
+    typer.echo(f"study: {out}")

@@ -15,6 +15,7 @@ from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.config.base import Recipe
 from kuea_mllm.config.evaluate import EvalRecipe
 from kuea_mllm.config.lora import LoraRecipe
+from kuea_mllm.config.probe import ProbeRecipe
 from kuea_mllm.config.sweep import SweepRecipe
 from kuea_mllm.errors import RecipeError
 
@@ -22,6 +23,7 @@ SCHEMAS: dict[str, type[Recipe]] = {
     "align": AlignRecipe,
     "eval": EvalRecipe,
     "lora": LoraRecipe,
+    "probe": ProbeRecipe,
     "sweep": SweepRecipe,
 }
 
@@ -135,6 +137,8 @@ def apply_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> d
         node = result
         for parent in parents:
             below = node.setdefault(parent, {})
+            if below is None:  # an optional section that a written recipe leaves out
+                below = node[parent] = {}
             if not isinstance(below, dict):
                 raise RecipeError(f"cannot set '{path}': '{parent}' holds a value, no keys.")
             node = below

@@ -149,3 +149,50 @@ def _undecoded(data: Any, column: str) -> Any:
     # what it cannot read.
     data = data.select_columns([column])
     return data.cast_column(column, datasets.Image(decode=False))
+
+
+def read_column(reference: str, split: str, column: str) -> list[Any]:
+    """Return one column of a split, such as its labels or captions.
+
+    Args:
+        reference: As for `DatasetImages`.
+        split: Which split.
+        column: Which column.
+
+    Raises:
+        DataError: If there is no such data set, split or column.
+    """
+    data = _open(reference, split, streaming=False)
+    if column not in data.features:
+        raise DataError(f"data set {reference} has no column {column}: {', '.join(data.features)}.")
+    return list(data[column])
+
+
+def class_labels(
+    reference: str, split: str, column: str | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """Return the label column of a split and the names of its classes, () where it has none.
+
+    Args:
+        reference: As for `DatasetImages`.
+        split: Which split.
+        column: The label column; None takes the only one of the type ClassLabel.
+
+    Raises:
+        DataError: If there is no such data set, split or column.
+    """
+    import datasets
+
+    features = _open(reference, split, streaming=False).features
+    if column is None:
+        found = [name for name, each in features.items() if isinstance(each, datasets.ClassLabel)]
+        if len(found) != 1:
+            what = "several columns" if found else "no column"
+            raise DataError(
+                f"data set {reference} has {what} of the type ClassLabel: {', '.join(features)}.",
+                "Name the label column with label_column in the recipe.",
+            )
+        column = str(found[0])
+    if column not in features:
+        raise DataError(f"data set {reference} has no column {column}: {', '.join(features)}.")
+    return column, tuple(getattr(features[column], "names", ()))

@@ -11,17 +11,23 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kuea_mllm.errors import EvaluationError
+from kuea_mllm.evaluation.backends import BackendSession
 from kuea_mllm.evaluation.columns import build_column
 from kuea_mllm.evaluation.fewshot.plan import read_plan, write_shown
 from kuea_mllm.evaluation.fewshot.task_files import FewShotTask
 from kuea_mllm.evaluation.harness import run_lmms_eval, save_lmms_files
+from kuea_mllm.evaluation.judging.column import write_documents
+from kuea_mllm.evaluation.judging.finished import documents_path
+from kuea_mllm.evaluation.judging.task import judged_documents, take_over_scoring
 from kuea_mllm.evaluation.opening import Placement
 from kuea_mllm.evaluation.results import write_rows
 from kuea_mllm.evaluation.session import Session
+from kuea_mllm.evaluation.task_yaml import WrittenTask
 from kuea_mllm.evaluation.thumbnails import thumbnail_writer
 from kuea_mllm.evaluation.unfinished import COLUMN, Unfinished
 from kuea_mllm.io import read_json, write_json
@@ -53,21 +59,24 @@ class RunOptions:
 def run_column(
     name: str,
     task: Any,
-    session: Session,
+    session: Session | BackendSession,
     options: RunOptions,
     folder: Path,
     *,
-    fewshot: FewShotTask | None,
+    written: WrittenTask | None,
 ) -> None:
     """Ask the questions of one task and write its column.
+
+    A column that a judge scores is written without a score, with what the judge has to know (see
+    `judging.finished`).
 
     Args:
         name: The task.
         task: lmms-eval's task object.
-        session: The open model; its failures become those of this task.
+        session: The open model, ours or a backend's; its failures become those of this task.
         options: What all columns share.
         folder: Empty directory of the column.
-        fewshot: What was written for the task, if it is a few-shot one.
+        written: What we wrote for the task, if it is one of ours.
 
     Raises:
         UserError: If the task cannot be scored.
@@ -75,9 +84,12 @@ def run_column(
     """
     session.failures = []
     session.on_images = thumbnail_writer(folder / "thumbnails", options.thumbnails)
+    if isinstance(session, BackendSession):
+        session.shown = options.thumbnails
     before = _image_counts(session)
-    results, tracker = run_lmms_eval(
-        session,
+    is_judged = take_over_scoring(name, task)
+    run = session.run if isinstance(session, BackendSession) else partial(run_lmms_eval, session)
+    results, tracker = run(
         {name: task},
         model_dir=options.model_dir,
         dtype=options.placement.dtype,
@@ -97,9 +109,12 @@ def run_column(
         limit=options.limit,
     )
     write_rows(folder / column.entry["samples"], column.rows)
-    if fewshot is not None:
-        plan = read_plan(fewshot.path.with_suffix(".json"))
-        write_shown(folder / "fewshot" / f"{name}.json", plan, fewshot.seed)
+    if is_judged:
+        documents = judged_documents(name, task, samples[name])
+        write_documents(documents_path(folder, name), documents)
+    if isinstance(written, FewShotTask):
+        plan = read_plan(written.path.with_suffix(".json"))
+        write_shown(folder / "fewshot" / f"{name}.json", plan, written.seed)
     save_lmms_files(tracker, results, samples, folder / "lmms")
     failed = next((row for row in column.rows if row.failed), None)
     encoded, reused = (now - then for now, then in zip(_image_counts(session), before, strict=True))
@@ -108,7 +123,7 @@ def run_column(
         {
             "entry": column.entry,
             "first_failure": None if failed is None else [failed.doc_id, failed.error],
-            "content": None if fewshot is None else fewshot.content,
+            "content": None if written is None else written.content,
             "images_encoded": encoded,
             "images_reused": reused,
         },
@@ -124,8 +139,8 @@ def read_columns(unfinished: Unfinished, names: Sequence[str]) -> dict[str, dict
     }
 
 
-def require_same_content(unfinished: Unfinished, tasks: Sequence[FewShotTask]) -> None:
-    """Make sure that finished few-shot columns asked what would be asked now.
+def require_same_content(unfinished: Unfinished, tasks: Sequence[WrittenTask]) -> None:
+    """Make sure that finished columns asked what would be asked now.
 
     Raises:
         EvaluationError: Naming the data set whose files have changed.
@@ -180,8 +195,8 @@ def _merged(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return merged | ({"runs": runs} if any(runs.values()) else {})
 
 
-def _image_counts(session: Session) -> tuple[int, int]:
-    if session.completer is None:
+def _image_counts(session: Session | BackendSession) -> tuple[int, int]:
+    if isinstance(session, BackendSession) or session.completer is None:
         return 0, 0
     return session.completer.cache.encoded, session.completer.cache.reused
 

@@ -1,4 +1,4 @@
-"""Comparing two results directories, question by question."""
+"""Comparing results directories, question by question."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ import numpy as np
 from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.average import AverageComparison, compare_average
 from kuea_mllm.evaluation.pairing import ColumnComparison, compare_column
-from kuea_mllm.evaluation.results import Results, load_results
-from kuea_mllm.evaluation.stats import ALPHA, LEVEL, Verdict, decide, holm_adjust
+from kuea_mllm.evaluation.resampling import LEVEL
+from kuea_mllm.evaluation.results import load_results
+from kuea_mllm.evaluation.same_test import (
+    pair_warnings,
+    require_same_settings,
+    require_same_test,
+    shared_tasks,
+)
+from kuea_mllm.evaluation.stats import ALPHA, Verdict, decide, holm_adjust
+from kuea_mllm.evaluation.systems import System, pair_runs, setting
 
 KIND = "comparison"
+KIND_OF_SEVERAL = "comparisons"
 SCHEMA_VERSION = 1
-
-# What makes two columns different tests, and how it is called in the message.
-_MUST_AGREE = (
-    ("version", "task versions"),
-    ("metric", "metrics"),
-    ("filter", "answer filters"),
-    ("higher_is_better", "directions of the metric"),
-    ("n", "numbers of samples"),
-    ("dataset_fingerprint", "sample sets (documents, questions or answers)"),
-)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs on the same questions.
+    """Two systems on the same questions.
 
     Attributes:
-        baseline: The first run.
-        candidate: The second run; differences are candidate minus baseline.
+        baseline: The first system.
+        candidate: The second system; differences are candidate minus baseline.
         columns: Comparison per task.
         average: Comparison of the mean over all columns that can be averaged.
+        average_unjudged: The same without the columns that a judge scored; None if none was.
+        averages: The same for each part of the columns, such as the numbers of shots.
         only_in_baseline: Columns left out because the candidate lacks them.
         only_in_candidate: Columns left out because the baseline lacks them.
         warnings: What a reader should know about the pair.
@@ -45,10 +46,12 @@ class Comparison:
         seed: Seed of the bootstrap.
     """
 
-    baseline: Results
-    candidate: Results
+    baseline: System
+    candidate: System
     columns: Mapping[str, ColumnComparison]
     average: AverageComparison | None
+    average_unjudged: AverageComparison | None
+    averages: Mapping[str, AverageComparison]
     only_in_baseline: tuple[str, ...]
     only_in_candidate: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -57,20 +60,28 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Write the comparison as strict JSON values (no NaN)."""
+        first = self.baseline.first
+        unjudged = self.average_unjudged
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
-            "baseline": _describe(self.baseline),
-            "candidate": _describe(self.candidate),
+            "baseline": self.baseline.to_json(),
+            "candidate": self.candidate.to_json(),
             "settings": {
                 "resamples": self.resamples,
                 "seed": self.seed,
                 "level": LEVEL,
                 "alpha": ALPHA,
-                "limit": self.baseline.summary["settings"]["limit"],
+                "limit": setting(first, "limit"),
+                "limit_seed": setting(first, "limit_seed"),
+                "limit_spread": bool(setting(first, "limit_spread")),
+                "suite": setting(first, "suite"),
+                "protocols": sorted({column.protocol for column in self.columns.values()}),
             },
             "columns": {task: column.to_json() for task, column in self.columns.items()},
             "average": None if self.average is None else self.average.to_json(),
+            "average_unjudged": None if unjudged is None else unjudged.to_json(),
+            "averages": {part: average.to_json() for part, average in self.averages.items()},
             "only_in": {
                 "baseline": list(self.only_in_baseline),
                 "candidate": list(self.only_in_candidate),
@@ -87,51 +98,90 @@ def compare_results(
     seed: int = 0,
     common_only: bool = False,
 ) -> Comparison:
-    """Compare two runs of `eval`.
+    """Compare two runs of `eval`; see `compare_systems`."""
+    systems = [System(None, (load_results(path),)) for path in (baseline, candidate)]
+    (found,) = compare_systems(systems, resamples=resamples, seed=seed, common_only=common_only)
+    return found
+
+
+def compare_systems(
+    systems: Sequence[System],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    common_only: bool = False,
+) -> list[Comparison]:
+    """Compare the first system with each of the others.
 
     Args:
-        baseline: Results directory of the first run.
-        candidate: Results directory of the second run.
+        systems: Baseline and candidates.
         resamples: Bootstrap resamples per column.
         seed: Seed of the bootstrap.
         common_only: Leave out columns that only one of the runs has, instead of refusing.
 
     Raises:
-        EvaluationError: If a directory is not a complete run, or the runs did not answer the same
-            questions under the same rules.
+        EvaluationError: If the runs did not answer the same questions under the same rules, which
+            is found for all of them before the first is compared.
     """
     if resamples < 100:
         raise EvaluationError(
             f"{resamples} resamples are too few for a 95 % interval.", "Use 10,000."
         )
-    first, second = load_results(baseline), load_results(candidate)
-    _require_same_limit(first, second)
-    tasks = _shared_tasks(first, second, common_only)
-    for task in tasks:
-        _require_same_test(task, first, second)
-    # A stream of its own for each column, so that a column's numbers do not depend on the others.
-    compared = [
-        compare_column(
-            task,
-            first,
-            second,
-            resamples=resamples,
-            seed=np.random.SeedSequence([seed, *_key(task)]),
+    baseline, *candidates = systems
+    plans = []
+    for candidate in candidates:
+        pairs = pair_runs(baseline, candidate)
+        runs = [*baseline.runs, *candidate.runs]
+        require_same_settings(runs)
+        tasks = shared_tasks(runs, common_only=common_only)
+        for task in tasks:
+            require_same_test(task, pairs)
+        plans.append((candidate, pairs, tasks))
+    found = []
+    for candidate, pairs, tasks in plans:
+        columns = _with_verdicts(
+            [
+                # A stream of its own for each column, so that a column's numbers do not depend on
+                # the others.
+                compare_column(
+                    task,
+                    pairs,
+                    resamples=resamples,
+                    seed=np.random.SeedSequence([seed, *task.encode()]),
+                )
+                for task in tasks
+            ]
         )
-        for task in tasks
-    ]
-    columns = _with_verdicts(compared)
-    return Comparison(
-        baseline=first,
-        candidate=second,
-        columns={column.task: column for column in columns},
-        average=compare_average(columns),
-        only_in_baseline=tuple(task for task in first.columns if task not in second.columns),
-        only_in_candidate=tuple(task for task in second.columns if task not in first.columns),
-        warnings=tuple(_warnings(first, second, columns)),
-        resamples=resamples,
-        seed=seed,
-    )
+        # Where judged columns are missing, both averages would be the same.
+        is_judged = any(column.judged and column.difference is not None for column in columns)
+        found.append(
+            Comparison(
+                baseline=baseline,
+                candidate=candidate,
+                columns={column.task: column for column in columns},
+                average=compare_average(columns),
+                average_unjudged=compare_average(columns, judged=False) if is_judged else None,
+                averages=_averages(columns),
+                only_in_baseline=_others(baseline, tasks),
+                only_in_candidate=_others(candidate, tasks),
+                warnings=tuple(_warnings(baseline, candidate, columns, len(candidates))),
+                resamples=resamples,
+                seed=seed,
+            )
+        )
+    return found
+
+
+def comparisons_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Write one comparison as it is, several under one baseline."""
+    if len(comparisons) == 1:
+        return comparisons[0].to_json()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND_OF_SEVERAL,
+        "baseline": comparisons[0].baseline.to_json(),
+        "pairs": [comparison.to_json() for comparison in comparisons],
+    }
 
 
 def _with_verdicts(columns: Sequence[ColumnComparison]) -> list[ColumnComparison]:
@@ -149,96 +199,42 @@ def _with_verdicts(columns: Sequence[ColumnComparison]) -> list[ColumnComparison
     return decided
 
 
-def _shared_tasks(first: Results, second: Results, common_only: bool) -> list[str]:
-    shared = [task for task in first.columns if task in second.columns]
-    lonely = {
-        str(first.path): [task for task in first.columns if task not in shared],
-        str(second.path): [task for task in second.columns if task not in shared],
+def _averages(columns: Sequence[ColumnComparison]) -> dict[str, AverageComparison]:
+    parts = dict.fromkeys(column.part for column in columns if column.part is not None)
+    found = {
+        part: compare_average([column for column in columns if column.part == part])
+        for part in parts
     }
-    if any(lonely.values()) and not common_only:
-        texts = [f"{', '.join(tasks)} only in {path}" for path, tasks in lonely.items() if tasks]
-        raise EvaluationError(
-            f"the two runs have different columns: {'; '.join(texts)}.",
-            "Evaluate the missing tasks too, or pass --common-only to leave them out.",
-        )
-    if not shared:
-        raise EvaluationError(
-            f"results {first.path} and {second.path} have no column in common.",
-            "Evaluate both models on the same tasks.",
-        )
-    return shared
+    return {part: average for part, average in found.items() if average is not None}
 
 
-def _require_same_test(task: str, first: Results, second: Results) -> None:
-    before, after = first.columns[task], second.columns[task]
-    for key, name in _MUST_AGREE:
-        if before[key] != after[key]:
-            what = f"{before[key]!r} and {after[key]!r}"
-            if key == "dataset_fingerprint":
-                what = f"fingerprints {str(before[key])[:12]} and {str(after[key])[:12]}"
-            raise EvaluationError(
-                f"column {task}: the two runs have different {name}: {what}.",
-                "They did not take the same test: evaluate both with the same task files and data.",
-            )
+def _others(system: System, tasks: Sequence[str]) -> tuple[str, ...]:
+    names = dict.fromkeys(task for run in system.runs for task in run.columns)
+    return tuple(name for name in names if name not in tasks)
 
 
-def _require_same_limit(first: Results, second: Results) -> None:
-    limits = [results.summary["settings"]["limit"] for results in (first, second)]
-    if limits[0] != limits[1]:
-        raise EvaluationError(
-            f"the two runs have different limits: {limits[0]} in {first.path}, "
-            f"{limits[1]} in {second.path}.",
-            "Evaluate both with the same --limit, or both without.",
-        )
-
-
-def _warnings(first: Results, second: Results, columns: Sequence[ColumnComparison]) -> list[str]:
-    found = []
-    before, after = first.summary, second.summary
-    if before["model"]["tower_fingerprint"] == after["model"]["tower_fingerprint"]:
-        found.append("Both runs used the same vision tower.")
-    if before["model"]["adapter"] != after["model"]["adapter"]:
-        found.append("The runs used different adapters, so prompts and preprocessing may differ.")
-    for key in ("dtype", "device", "seed"):
-        values = [summary["settings"].get(key) for summary in (before, after)]
-        if values[0] != values[1]:
-            found.append(
-                f"The runs differ in {key} ({values[0]} and {values[1]}), which changes answers "
-                "by itself."
-            )
-    fewshot = [summary.get("fewshot") or {} for summary in (before, after)]
-    for key in ("compat", "demonstrations", "length_penalty"):
-        values = [settings.get(key) for settings in fewshot]
-        if all(fewshot) and values[0] != values[1]:
-            found.append(
-                f"The few-shot settings differ in {key} ({values[0]} and {values[1]}): these are "
-                "two protocols."
-            )
-    for library in ("transformers", "torch", "lmms_eval", "pillow"):
-        versions = [summary["versions"].get(library) for summary in (before, after)]
-        if versions[0] != versions[1]:
-            found.append(f"The runs used {library} {versions[0]} and {versions[1]}.")
-    if before["settings"]["limit"] is not None:
+def _warnings(
+    baseline: System, candidate: System, columns: Sequence[ColumnComparison], candidates: int
+) -> list[str]:
+    pairs = pair_runs(baseline, candidate)
+    found = list(dict.fromkeys(text for pair in pairs for text in pair_warnings(*pair)))
+    limit, limit_seed = (setting(baseline.first, key) for key in ("limit", "limit_seed"))
+    if limit is not None:
+        which = "first" if limit_seed is None else "randomly drawn"
+        if setting(baseline.first, "limit_spread"):
+            which = "evenly spread"
+        drawn = "" if limit_seed is None else f" (seed {limit_seed})"
         found.append(
-            f"Only the first {before['settings']['limit']} documents of each task were used: "
-            "no benchmark score."
+            f"Only the {which} {limit} documents of each task were used{drawn}: no benchmark score."
         )
     for column in columns:
         if column.dropped:
             found.append(
-                f"{column.task}: {len(column.dropped)} questions that one of the runs did not "
+                f"{column.column}: {len(column.dropped)} questions that one of the runs did not "
                 "answer are left out of both."
             )
+    if candidates > 1:
+        found.append(
+            f"One of {candidates} candidates: p is adjusted for the columns of this one alone."
+        )
     return found
-
-
-def _describe(results: Results) -> dict[str, Any]:
-    return {
-        "path": str(results.path),
-        "model": dict(results.summary["model"]),
-        "created": results.summary["created"],
-    }
-
-
-def _key(task: str) -> list[int]:
-    return list(task.encode())

@@ -1,116 +1,35 @@
-"""Answering many questions with one model: batches, stop strings, retries, counted failures.
+"""Answering questions with one model: batches, stop strings, retries, counted failures.
 
-No lmms-eval here. A question that cannot be answered gets `FAILED_ANSWER` and an entry in the
-session's failures; it is never an empty string, which would pass for a wrong answer.
+A question that cannot be answered gets `FAILED_ANSWER` and an entry in the session's failures; it
+is never an empty string, which would pass for a wrong answer.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kuea_mllm.adapters.base import ChoosingRuntime
 from kuea_mllm.errors import DataError, EnvironmentFailure, KueaError
+from kuea_mllm.evaluation.preparing import Preparer, strict_image_files
+from kuea_mllm.evaluation.processes import process_number
+from kuea_mllm.evaluation.questions import (
+    GenerationSettings,
+    PendingQuestion,
+    cut_at_stop,
+    in_order,
+)
 from kuea_mllm.evaluation.session import FAILED_ANSWER, Failure, Session
 from kuea_mllm.log import LOGGER
 
 if TYPE_CHECKING:
     from kuea_mllm.evaluation.fewshot.completion import Completer
 
-DEFAULT_NEW_TOKENS = 1024
-"""Where a task sets no limit; the same as in lmms-eval's own model classes."""
-
 HOPELESS = 16
 """A run whose first so many questions all fail is stopped: something is wrong with all of it."""
-
-_READ_KEYS = {
-    "max_new_tokens",
-    "num_beams",
-    "temperature",
-    "top_p",
-    "do_sample",
-    "until",
-    "completes",
-}
-_COMPLETION_KEYS = {"length_penalty", "class_names", "released"}
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How an answer is decoded; questions of one batch share it.
-
-    The last four are for few-shot tasks: `completes` says that the prompt is complete as it is,
-    with image tags and demonstrations; with `class_names` those are ranked instead of text written;
-    `released` repeats faults of the published evaluation (docs/fewshot.md).
-    """
-
-    max_new_tokens: int = DEFAULT_NEW_TOKENS
-    num_beams: int = 1
-    temperature: float = 0.0
-    top_p: float | None = None
-    until: tuple[str, ...] = ()
-    completes: bool = False
-    length_penalty: float = 0.0
-    class_names: tuple[str, ...] = ()
-    released: bool = False
-
-
-@dataclass(frozen=True)
-class PendingQuestion:
-    """One request of lmms-eval.
-
-    Attributes:
-        task: Name of the task.
-        doc_id: Document of the task.
-        prompt: The question as the user says it.
-        load_images: Reads the images; called once, right before the question's batch.
-        settings: How the answer is decoded.
-    """
-
-    task: str
-    doc_id: int
-    prompt: str
-    load_images: Callable[[], Sequence[Any] | None]
-    settings: GenerationSettings
-
-
-def read_generation_kwargs(kwargs: Mapping[str, Any]) -> tuple[GenerationSettings, list[str]]:
-    """Translate a task's `generation_kwargs`.
-
-    Returns:
-        The settings, and the keys that this model class does not know.
-    """
-    until = kwargs.get("until") or ()
-    stops = (until,) if isinstance(until, str) else tuple(until)
-    temperature = float(kwargs.get("temperature") or 0.0)
-    # `do_sample` decides where it is given, as in transformers; stock tasks often say only one.
-    if kwargs.get("do_sample") is False:
-        temperature = 0.0
-    elif kwargs.get("do_sample") and "temperature" not in kwargs:
-        temperature = 1.0
-    top_p = kwargs.get("top_p")
-    completes = bool(kwargs.get("completes"))
-    settings = GenerationSettings(
-        max_new_tokens=int(kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS),
-        num_beams=int(kwargs.get("num_beams") or 1),
-        temperature=temperature,
-        top_p=float(top_p) if top_p is not None and temperature > 0.0 else None,
-        until=tuple(stop for stop in stops if stop),
-        completes=completes,
-        length_penalty=float(kwargs.get("length_penalty") or 0.0) if completes else 0.0,
-        class_names=tuple(kwargs.get("class_names") or ()) if completes else (),
-        released=completes and bool(kwargs.get("released")),
-    )
-    known = _READ_KEYS | _COMPLETION_KEYS if completes else _READ_KEYS
-    return settings, sorted(set(kwargs) - known)
-
-
-def cut_at_stop(text: str, until: Sequence[str]) -> str:
-    """Cut an answer before the first stop string in it."""
-    ends = [end for stop in until if (end := text.find(stop)) >= 0]
-    return text[: min(ends)] if ends else text
 
 
 @dataclass(frozen=True)
@@ -127,11 +46,19 @@ class Answerer:
     Args:
         session: The model, and where failures go.
         batch_size: Questions per forward pass at first; halved when memory runs out.
+        keep: Called with the answers of every batch, by the place of their question; failed ones
+            are left out.
     """
 
-    def __init__(self, session: Session, batch_size: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        batch_size: int,
+        keep: Callable[[Mapping[int, str]], None] | None = None,
+    ) -> None:
         self.session = session
         self.batch_size = batch_size
+        self._keep = keep
         self._answered = 0
 
     def answer(self, questions: Sequence[PendingQuestion]) -> list[str]:
@@ -146,49 +73,57 @@ class Answerer:
         from tqdm import tqdm
 
         answers: dict[int, str] = {}
+        groups = in_order(questions, by_image=self.session.shared_prefix)
         with (
             strict_image_files(),
+            Preparer(
+                questions,
+                [place for group in groups for place in group],
+                self.session.runtime,
+                batch_size=self.batch_size,
+                names_images=self.session.shared_prefix,
+            ) as prepared,
             tqdm(
                 total=len(questions),
                 desc="Answering",
                 unit="question",
-                disable=not self.session.show_progress,
+                disable=not self.session.show_progress or process_number() > 0,
             ) as progress,
         ):
-            for batch in self._batches(questions):
-                answers.update(self._answer_batch([(i, questions[i]) for i in batch]))
+            for batch in self._batches(groups):
+                found = self._answer_batch(batch, questions, prepared.take(batch))
+                answers.update(found)
+                if self._keep is not None:
+                    self._keep({p: text for p, text in found.items() if text != FAILED_ANSWER})
                 progress.update(len(batch))
-        # lmms-eval would score missing answers as wrong ones, without a message.
         if len(answers) != len(questions):
             raise RuntimeError(f"{len(answers)} answers for {len(questions)} questions")
         return [answers[index] for index in range(len(questions))]
 
-    def _batches(self, questions: Sequence[PendingQuestion]) -> Iterator[list[int]]:
-        groups: dict[tuple[GenerationSettings, str], list[int]] = defaultdict(list)
-        for index, question in enumerate(questions):
-            # Few-shot tasks one after the other: each has demonstrations of its own to remember.
-            task = question.task if question.settings.completes else ""
-            groups[question.settings, task].append(index)
-        for group in groups.values():
-            # Similar lengths need little padding; the longest first, so that memory runs out at
-            # the start or not at all.
-            group.sort(key=lambda index: -len(questions[index].prompt))
+    def _batches(self, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
+        for group in groups:
             start = 0
             while start < len(group):
                 batch = group[start : start + self.batch_size]
                 start += len(batch)
                 yield batch
 
-    def _answer_batch(self, batch: list[tuple[int, PendingQuestion]]) -> dict[int, str]:
+    def _answer_batch(
+        self,
+        batch: Sequence[int],
+        questions: Sequence[PendingQuestion],
+        prepared: Sequence[Future[Any]],
+    ) -> dict[int, str]:
         answers: dict[int, str] = {}
         ready: list[tuple[int, PendingQuestion, Any]] = []
-        for index, question in batch:
-            try:
-                ready.append((index, question, self._prepare(question)))
+        for index, future in zip(batch, prepared, strict=True):
+            question = questions[index]
             # Data sets hold whatever they hold; an unreadable image is one failed question.
-            except Exception as error:
+            error = future.exception()
+            if error is not None:
                 answers[index] = self._fail(question, one_line(error))
                 continue
+            ready.append((index, question, future.result()))
             self._show(question, ready[-1][2])
         if ready:
             answers.update(self._generate(ready))
@@ -196,28 +131,14 @@ class Answerer:
 
     def _show(self, question: PendingQuestion, prepared: Any) -> None:
         observe = self.session.on_images
-        if observe is None:
+        if observe is None or process_number() > 0:
             return
         if not question.settings.completes:
             observe(question.task, question.doc_id, prepared.images)
             return
         # An image that cannot be decoded is reported when the question is answered.
         with suppress(DataError):
-            observe(question.task, question.doc_id, _OwnPicture(prepared))
-
-    def _prepare(self, question: PendingQuestion) -> Any:
-        from PIL.Image import Image
-
-        from kuea_mllm.adapters.base import ChatRequest
-
-        if question.settings.completes:
-            return tuple(question.load_images() or ())
-        images = []
-        for image in question.load_images() or ():
-            if not isinstance(image, Image):
-                raise TypeError(f"only images are supported, the task gives {type(image).__name__}")
-            images.append(image.convert("RGB"))
-        return ChatRequest(prompt=question.prompt, images=tuple(images))
+            observe(question.task, question.doc_id, OwnPicture(prepared))
 
     def _generate(self, ready: list[tuple[int, PendingQuestion, Any]]) -> dict[int, str]:
         settings = ready[0][1].settings
@@ -246,8 +167,14 @@ class Answerer:
             prompts = [question.prompt for _, question, _ in ready]
             images = [images for _, _, images in ready]
             return completer_of(self.session).answer(prompts, images, settings)
-        return self.session.runtime.generate(
-            [request for _, _, request in ready],
+        requests = [request for _, _, request in ready]
+        runtime = self.session.runtime
+        if settings.candidates:
+            if not isinstance(runtime, ChoosingRuntime):
+                raise TypeError("this runtime does not choose between candidates")
+            return runtime.choose(requests, settings.candidates)
+        return runtime.generate(
+            requests,
             max_new_tokens=settings.max_new_tokens,
             num_beams=settings.num_beams,
             temperature=settings.temperature,
@@ -303,7 +230,7 @@ def completer_of(session: Session) -> Completer:
     return session.completer
 
 
-class _OwnPicture(Sequence[Any]):
+class OwnPicture(Sequence[Any]):
     """The picture of a few-shot question, the last of its prompt; decoded if it is looked at."""
 
     def __init__(self, images: Sequence[Any]) -> None:
@@ -314,22 +241,6 @@ class _OwnPicture(Sequence[Any]):
 
     def __getitem__(self, place: Any) -> Any:
         return self.images[place].open()
-
-
-@contextmanager
-def strict_image_files() -> Iterator[None]:
-    """Make PIL refuse truncated files inside the block.
-
-    lmms-eval switches that off for the whole process, so half an image would be scored in silence.
-    """
-    from PIL import ImageFile
-
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def is_out_of_memory(error: Exception) -> bool:

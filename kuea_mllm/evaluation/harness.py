@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.errors import EnvironmentFailure, EvaluationError, KueaError
 from kuea_mllm.evaluation.generation import one_line
 from kuea_mllm.evaluation.loading import root_cause
 from kuea_mllm.evaluation.plugin import MODEL_ID
+from kuea_mllm.evaluation.processes import AnsweredElsewhereError, exchange, seen_as_one
 from kuea_mllm.evaluation.session import (
     TOWER_PREFIX,
     Session,
@@ -23,22 +23,12 @@ from kuea_mllm.evaluation.session import (
     take_session,
 )
 
-
-def require_one_process() -> None:
-    """Refuse a launch with several processes, which would write the same results several times.
-
-    Raises:
-        EvaluationError: If WORLD_SIZE is above 1.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise EvaluationError(
-            f"evaluation was launched with {os.environ['WORLD_SIZE']} processes.",
-            "Launch it without accelerate or torchrun, and give each GPU tasks of its own.",
-        )
+if TYPE_CHECKING:
+    from kuea_mllm.evaluation.backends import BackendSession
 
 
 def run_lmms_eval(
-    session: Session,
+    session: Session | BackendSession,
     tasks: Mapping[str, Any],
     *,
     model_dir: Path,
@@ -48,13 +38,18 @@ def run_lmms_eval(
     limit: int | None,
     seed: int,
     folder: Path,
+    lm: Any = None,
 ) -> tuple[dict[str, Any], Any]:
     """Run loaded tasks on an open model.
+
+    With `lm`, a model object of lmms-eval, that answers instead of our model class (see
+    `backends`).
 
     Returns:
         lmms-eval's result dictionary (with `samples`), and its tracker for `save_lmms_files`.
 
     Raises:
+        AnsweredElsewhereError: In processes other than the first, which have nothing to score.
         EvaluationError: If a task cannot score an answer.
         EnvironmentFailure: If lmms-eval ends without results.
     """
@@ -62,14 +57,18 @@ def run_lmms_eval(
     from lmms_eval.loggers import EvaluationTracker
 
     _require_plugin()
-    model = path_to_argument(model_dir.resolve())
+    model = path_to_argument(model_dir.resolve() if lm is None else model_dir)
+    arguments = f"model={model},dtype={dtype},tower={TOWER_PREFIX}{session.fingerprint}"
     tracker = EvaluationTracker(output_path=str(folder))
-    offer_session(model, session)
+    if isinstance(session, Session):
+        offer_session(model, session)
+    # Process zero may still be scoring the last column; lmms-eval's own barriers give up sooner.
+    exchange(None)
     try:
-        with stdout_to_stderr():
+        with stdout_to_stderr(), seen_as_one():
             results = simple_evaluate(
-                model=MODEL_ID,
-                model_args=f"model={model},dtype={dtype},tower={TOWER_PREFIX}{session.fingerprint}",
+                model=MODEL_ID if lm is None else lm,
+                model_args=arguments if lm is None else f"model={model}",
                 tasks=list(tasks.values()),
                 batch_size=batch_size,
                 device=device,
@@ -87,7 +86,7 @@ def run_lmms_eval(
                 # Otherwise lmms-eval scans its 2,000 task files although all tasks are objects.
                 task_manager=_NoTasks(),
             )
-    except KueaError:
+    except (KueaError, AnsweredElsewhereError):
         raise
     # Scoring runs the tasks' own functions, wrapped in retries.
     except Exception as error:

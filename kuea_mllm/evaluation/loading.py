@@ -13,6 +13,19 @@ from kuea_mllm.evaluation.generation import one_line
 from kuea_mllm.evaluation.plugin import MODEL_ID
 from kuea_mllm.evaluation.tasks import TaskSelection, nearest_names
 
+BENCHMARK_METRICS = (
+    "refcoco_ACC@0.5",
+    "mmvp_pair_accuracy",
+    "pope_accuracy",
+    "gpt_eval_llava_all",
+    "coco_CIDEr",
+    "flickr_CIDEr",
+    "nocaps_CIDEr",
+    "textcaps_CIDEr",
+    "seed_all",
+)
+"""Scores of stock tasks that list another metric first."""
+
 
 def load_tasks(selection: TaskSelection) -> dict[str, Any]:
     """Load the tasks and their data sets, before any model is opened.
@@ -41,8 +54,13 @@ def document_count(task: Any, limit: int | None) -> int:
 
 
 def main_metric(task: Any) -> str | None:
-    """Return the metric that stands for the task: the first one that is a score."""
-    return next((str(name) for name in task.aggregation() if name != "submission"), None)
+    """Return the metric that stands for the task.
+
+    It is the one that the benchmark is known by, where that is not the first; else the first one
+    that is a score.
+    """
+    names = [str(name) for name in task.aggregation() if name != "submission"]
+    return next((name for name in (*BENCHMARK_METRICS, *names) if name in names), None)
 
 
 def require_scorable(name: str, task: Any) -> None:

@@ -11,18 +11,16 @@ from typing import Any, NoReturn
 from lmms_eval.api.model import lmms
 
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.generation import (
-    Answerer,
-    PendingQuestion,
-    completer_of,
-    read_generation_kwargs,
-)
+from kuea_mllm.evaluation.answers import answer_questions
+from kuea_mllm.evaluation.generation import completer_of
+from kuea_mllm.evaluation.image_hints import image_hints
 from kuea_mllm.evaluation.opening import (
     choose_adapter,
     choose_placement,
     open_session,
     require_tower,
 )
+from kuea_mllm.evaluation.questions import PendingQuestion, read_generation_kwargs
 from kuea_mllm.evaluation.session import (
     TOWER_PREFIX,
     Session,
@@ -73,15 +71,20 @@ class KueaMLLM(lmms):  # type: ignore[misc]
         self.session: Session = session
         self.batch_size_per_gpu = _read_batch_size(batch_size)
         self._ignored: set[str] = set()
+        self._hints: dict[tuple[str, str], Sequence[str | None] | None] = {}
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answer the requests of all tasks, in the order given."""
+        """Answer the requests of all tasks, in the order given.
+
+        Raises:
+            AnsweredElsewhereError: In processes other than the first, whose share it is.
+        """
         questions = [self._read_request(request) for request in requests]
         prompts = [question for question in questions if question.settings.completes]
         if prompts:
             # Before any work: a prompt is never cut short, which would lose the question.
             completer_of(self.session).require_room(prompts)
-        return Answerer(self.session, self.batch_size_per_gpu).answer(questions)
+        return answer_questions(self.session, self.batch_size_per_gpu, questions)
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
         """Refuse: lmms-eval 0.7.3 turns every likelihood into a string and cannot score it."""
@@ -103,7 +106,14 @@ class KueaMLLM(lmms):  # type: ignore[misc]
             images: Sequence[Any] | None = to_visual(self.task_dict[task][split][doc_id])
             return images
 
-        return PendingQuestion(task, int(doc_id), prompt, load_images, settings)
+        image = self._image_of(task, split, int(doc_id))
+        return PendingQuestion(task, int(doc_id), prompt, load_images, settings, image)
+
+    def _image_of(self, task: str, split: str, doc_id: int) -> str | None:
+        if (task, split) not in self._hints:
+            self._hints[task, split] = image_hints(self.task_dict[task][split])
+        hints = self._hints[task, split]
+        return None if hints is None else hints[doc_id]
 
     @staticmethod
     def _refuse(kind: str, requests: Sequence[Any]) -> NoReturn:

@@ -1,20 +1,32 @@
 """Scores per document, out of whatever a task's `process_results` returns.
 
-A per-document score is only trusted when the mean of all of them is the score that lmms-eval
-reports for the task; otherwise (CIDEr, F1, ratios of judgements) the column is not paired.
+A per-document score is only trusted when the column's statistic of all of them (see `statistics`)
+is the score that lmms-eval reports for the task; otherwise (F1, totals) the column is not paired.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kuea_mllm.evaluation.results import finite
+from kuea_mllm.errors import EvaluationError
+from kuea_mllm.evaluation.results import SampleRow, finite
+from kuea_mllm.evaluation.statistics import (
+    MEAN,
+    MEAN_OF_GROUP_RATIOS,
+    MEAN_OF_GROUPS,
+    RATIO_OF_SUMS,
+    ROC_AUC,
+    STATISTICS,
+    Outcomes,
+    measure_value,
+)
 
 CLUSTER_KEYS = (
     "image_id",
@@ -31,7 +43,10 @@ CLUSTER_KEYS = (
 )
 """Where tasks without a `cluster_key` usually name the image; the first that varies is taken."""
 
+# RefCOCO's name of a picture ends with a number for each region in it.
+_REGION = re.compile(r"(COCO_(?:train|val)2014_\d{12})_\d+(\.jpg)")
 _SCORE_KEYS = ("score", "is_correct")
+_RATIOS = (RATIO_OF_SUMS, MEAN_OF_GROUP_RATIOS)
 # Tasks round what they report, to four digits or to two of a percentage.
 _TOLERANCE = 1e-4
 _SLOW = 0.02
@@ -64,6 +79,8 @@ def extract_scores(
     *,
     score_key: str = "score",
     aggregate: Callable[[list[Any]], Any] | None = None,
+    statistic: str = MEAN,
+    clusters: Sequence[str] | None = None,
 ) -> SampleScores:
     """Find the score of every document.
 
@@ -72,6 +89,8 @@ def extract_scores(
         reported: The task's score.
         score_key: Where a dictionary holds the score.
         aggregate: The task's aggregation; used on single documents where items hold no score.
+        statistic: How the task's score comes out of the documents.
+        clusters: Cluster of each document; by default each is its own.
 
     Returns:
         The scores, or Nones with the reason.
@@ -85,11 +104,22 @@ def extract_scores(
     known = [value for value in values if value is not None]
     if len(known) < len(items) or not known:
         return SampleScores(nothing, 1, "the task gives no score per document")
-    mean = sum(known) / len(known)
-    for scale in (1, 100):
-        if abs(mean * scale - reported) <= _TOLERANCE * scale:
-            return SampleScores([value * scale for value in known], scale, None)
-    reason = f"the score ({reported:g}) is not the mean of the documents' scores ({mean:g})"
+    names = clusters or [str(number) for number in range(len(items))]
+    details = [
+        {**_as_dict(item), "score": value, "image_id": name}
+        for item, value, name in zip(items, known, names, strict=True)
+    ]
+    try:
+        outcomes = Outcomes.of_items(statistic, details)
+        own = measure_value(outcomes.measure(statistic), outcomes.cluster_count)
+    except EvaluationError as error:
+        return SampleScores(nothing, 1, error.problem.rstrip("."))
+    # Ratios are of 100 in any case.
+    for scale, factor in ((100, 1),) if statistic in _RATIOS else ((1, 1), (100, 100)):
+        if abs(own * factor - reported) <= _TOLERANCE * scale:
+            is_mean = statistic not in (*_RATIOS, ROC_AUC)
+            return SampleScores([v * scale if is_mean else v for v in known], scale, None)
+    reason = f"the score ({reported:g}) is not the {STATISTICS[statistic]} ({own:g})"
     return SampleScores(nothing, 1, reason)
 
 
@@ -117,6 +147,22 @@ def find_clusters(
                 for name, doc_id in zip(names, doc_ids, strict=True)
             ]
     return [str(doc_id) for doc_id in doc_ids]
+
+
+def lost_groups(
+    statistic: str, rows: Iterable[SampleRow], used: Iterable[SampleRow]
+) -> tuple[str, ...]:
+    """Return the groups that a mean over groups would silently leave out.
+
+    Args:
+        statistic: One of `STATISTICS`.
+        rows: All rows.
+        used: Those that have a score.
+    """
+    if statistic not in (MEAN_OF_GROUPS, MEAN_OF_GROUP_RATIOS):
+        return ()
+    there = {row.group for row in used}
+    return tuple(dict.fromkeys(row.group for row in rows if row.group and row.group not in there))
 
 
 def is_missing_judgement(item: Any) -> bool:
@@ -157,4 +203,7 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def _cluster_name(value: Any) -> str | None:
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    region = _REGION.fullmatch(str(value))
+    return str(value) if region is None else region[1] + region[2]

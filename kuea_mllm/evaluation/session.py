@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote
 if TYPE_CHECKING:
     from kuea_mllm.adapters.base import MLLMRuntime
     from kuea_mllm.evaluation.fewshot.completion import Completer
+    from kuea_mllm.evaluation.journal import Journal
 
 FAILED_ANSWER = "\u26a0\u26a0\u26a0"
 """Stands where an answer is missing; lmms-eval scores it, we count it.
@@ -58,6 +59,10 @@ class Session:
         on_images: Sees the images of every question (thumbnails are made there).
         show_progress: Whether a progress bar is drawn.
         completer: Answers few-shot prompts; made when the first one comes.
+        shared_prefix: Whether questions about one image share what is computed of it alone.
+        journal: Keeps the answers of the column between sittings; None keeps none.
+        shown: How many documents `on_images` wants to see; those that another process or an
+            earlier sitting has answered are loaded for it.
     """
 
     runtime: MLLMRuntime
@@ -66,6 +71,9 @@ class Session:
     on_images: ImageObserver | None = None
     show_progress: bool = True
     completer: Completer | None = None
+    shared_prefix: bool = True
+    journal: Journal | None = None
+    shown: int = 0
 
 
 _OFFERED: dict[str, Session] = {}

@@ -1,30 +1,36 @@
-"""Paired statistics of two runs on the same test set (numpy and scipy only).
+"""Paired statistics of two systems on the same test set (numpy and scipy only).
 
-Two models that answer the same questions are compared by the differences of their scores per
-question. Questions about one image are not independent, so whole clusters (images) are resampled.
-What a sample cannot tell is said: no changed score, or one cluster, is never a certainty.
+Two models that answer the same questions are compared by the difference of a score, whatever
+statistic of the documents it is (`statistics`). Questions about one image are not independent, so
+whole clusters (images) are resampled, the same ones for both models. What a sample cannot tell is
+said: no changed score, or one cluster, is never a certainty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 
-Array = npt.NDArray[np.float64]
+from kuea_mllm.evaluation.resampling import (
+    LEVEL,
+    ROUNDING,
+    Stratum,
+    bootstrap_differences,
+    percentile_interval,
+)
+from kuea_mllm.evaluation.statistics import Array, RatioMeasure, influence_error
+
 Verdict = Literal["better", "worse", "cannot tell"]
+Test = Literal["mcnemar", "bootstrap"]
 
-LEVEL = 0.95
 ALPHA = 0.05
 POWER = 0.8
 FEW_CLUSTERS = 20
-# Cluster draws that are held at once: 2**22 indices of 8 bytes and two gathers of them, ~100 MB.
-_DRAWS_AT_ONCE = 2**22
-ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class PairedDifference:
     """What paired samples say about candidate minus baseline.
 
     Attributes:
-        difference: Mean difference of the scores.
+        difference: Difference of the scores.
         low: Lower end of the 95 % interval; None where the sample does not give one.
         high: Upper end of it.
         p_value: Two-sided p of "no difference"; None where the sample does not give one.
@@ -40,7 +46,8 @@ class PairedDifference:
         detectable: Smallest true difference found with 80 % power (two-sided, 5 %); approximate.
         samples: Pairs used.
         clusters: Independent groups among them.
-        draws: Bootstrap means, one per resample; None where resampling says nothing.
+        changed_clusters: Those whose score changed.
+        draws: Bootstrap differences, one per resample; None where resampling says nothing.
         note: A warning about a degenerate or small sample.
     """
 
@@ -48,12 +55,32 @@ class PairedDifference:
     low: float | None
     high: float | None
     p_value: float | None
-    test: Literal["mcnemar", "bootstrap"] | None
+    test: Test | None
     detectable: float | None
     samples: int
     clusters: int
+    changed_clusters: int
     draws: Array | None
     note: str | None
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """What the runs of several seeds say about candidate minus baseline, apart from the test set.
+
+    Attributes:
+        count: Pairs of runs.
+        differences: Candidate minus baseline of each.
+        std: Standard deviation between them (n - 1).
+        low: Lower end of the 95 % t interval of their mean.
+        high: Upper end of it.
+    """
+
+    count: int
+    differences: tuple[float, ...]
+    std: float
+    low: float
+    high: float
 
 
 def compare_pairs(
@@ -65,10 +92,7 @@ def compare_pairs(
     resamples: int = 10_000,
     seed: int | np.random.SeedSequence = 0,
 ) -> PairedDifference:
-    """Compare two runs on the same samples.
-
-    The interval is a percentile bootstrap over clusters. The p-value is exact McNemar where scores
-    are 0 or `top` and every sample is a cluster of its own, else the bootstrap's.
+    """Compare two runs on the same samples by the mean of their scores.
 
     Args:
         baseline: Scores of the first run, (n,).
@@ -87,28 +111,95 @@ def compare_pairs(
             f"paired samples expected: {len(before)} baseline scores, {len(after)} candidate "
             f"scores, {len(clusters)} clusters."
         )
-    changes = after - before
-    sums, sizes = _cluster_totals(changes, clusters)
-    difference, count = float(changes.mean()), len(sums)
-    if count < 2:
-        return _one_cluster(difference, len(changes))
-    draws = bootstrap_means(sums, sizes, resamples=resamples, seed=seed)
-    is_exact = is_binary(before, top) and is_binary(after, top) and count == len(changes)
-    p_value = mcnemar_p(before, after) if is_exact else _bootstrap_p(draws, sums)
-    low, high = (float(end) for end in np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    note = _note(changes, count)
-    if np.ptp(sums / sizes) <= ROUNDING:
-        low, high = unseen_change_bounds(difference, count, top)
-    error = cluster_standard_error(changes, clusters)
-    detectable = (
-        None
-        if error is None or error <= ROUNDING
-        else float(error * (norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)))
+    names, members = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    sizes = np.bincount(members).astype(np.float64)[:, None]
+    first, second = (
+        RatioMeasure(np.bincount(members, weights=scores).astype(np.float64)[:, None], sizes)
+        for scores in (before, after)
     )
-    test: Literal["mcnemar", "bootstrap"] = "mcnemar" if is_exact else "bootstrap"
+    stratum = Stratum((first,), (second,), len(names), len(before))
+    return compare_measures([stratum], top=top, resamples=resamples, seed=seed)
+
+
+def compare_measures(
+    strata: Sequence[Stratum],
+    *,
+    top: float = 1.0,
+    resamples: int = 10_000,
+    seed: int | np.random.SeedSequence = 0,
+) -> PairedDifference:
+    """Compare two systems by any score.
+
+    The interval is a percentile bootstrap over clusters, its levels widened for few clusters. The
+    p-value is exact McNemar where one run of each system got one right-or-wrong answer per cluster,
+    else the bootstrap's. Runs of one stratum are resampled together, strata apart; each run counts
+    the same.
+
+    Args:
+        strata: The runs.
+        top: Highest possible score, the width of what a single cluster can change.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+    """
+    shares = [len(stratum.baseline) for stratum in strata]
+    weights = [share / sum(shares) for share in shares]
+    difference = sum(
+        weight * float(stratum.differences(np.ones((1, stratum.clusters)))[0])
+        for weight, stratum in zip(weights, strata, strict=True)
+    )
+    samples, clusters = (
+        sum(stratum.samples for stratum in strata),
+        sum(stratum.clusters for stratum in strata),
+    )
+    if min(stratum.clusters for stratum in strata) < 2:
+        return _one_cluster(difference, samples, clusters)
+    rng = np.random.default_rng(seed)
+    draws = np.zeros(resamples)
+    for weight, stratum in zip(weights, strata, strict=True):
+        draws += weight * bootstrap_differences(stratum, resamples=resamples, rng=rng)
+    draws = draws[np.isfinite(draws)]
+    if not len(draws):
+        return _one_cluster(difference, samples, clusters)
+    changed = sum(stratum.changed_clusters for stratum in strata)
+    pair = _answers_of_clusters(strata, top)
+    p_value = bootstrap_p(draws, changed) if pair is None else mcnemar_p(*pair)
+    freedom = clusters - len(strata)
+    low, high = percentile_interval(draws, freedom)
+    if float(np.ptp(draws)) <= ROUNDING * max(top, 1.0):
+        low, high = unseen_change_bounds(difference, clusters, top)
+    errors = [influence_error(stratum.influences) or 0.0 for stratum in strata]
+    error = float(np.sqrt(sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True))))
     return PairedDifference(
-        difference, low, high, p_value, test, detectable, len(changes), count, draws, note
+        difference=difference,
+        low=low,
+        high=high,
+        p_value=p_value,
+        test="bootstrap" if pair is None else "mcnemar",
+        detectable=detectable_difference(error) if error > ROUNDING else None,
+        samples=samples,
+        clusters=clusters,
+        changed_clusters=changed,
+        # Resamples that lack a class have no score; averages need as many draws of each column.
+        draws=np.resize(draws, resamples),
+        note=_note(changed, clusters),
     )
+
+
+def detectable_difference(error: float) -> float:
+    """Return the true difference that is found with 80 % power, given its standard error."""
+    return float(error * (norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)))
+
+
+def seed_spread(differences: Sequence[float]) -> SeedSpread | None:
+    """Return the spread between seeds; None for a single one."""
+    count = len(differences)
+    if count < 2:
+        return None
+    values = np.asarray(differences, dtype=np.float64)
+    std = float(values.std(ddof=1))
+    half = float(student.ppf((1 + LEVEL) / 2, count - 1)) * std / float(np.sqrt(count))
+    mean = float(values.mean())
+    return SeedSpread(count, tuple(values.tolist()), std, mean - half, mean + half)
 
 
 def mcnemar_p(baseline: Sequence[float] | Array, candidate: Sequence[float] | Array) -> float:
@@ -116,34 +207,6 @@ def mcnemar_p(baseline: Sequence[float] | Array, candidate: Sequence[float] | Ar
     before, after = np.asarray(baseline), np.asarray(candidate)
     gained, lost = int((after > before).sum()), int((after < before).sum())
     return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
-
-
-def bootstrap_means(
-    sums: Array, sizes: Array, *, resamples: int, seed: int | np.random.SeedSequence
-) -> Array:
-    """Resample clusters with replacement and take the mean over their samples.
-
-    Drawing cluster indices has the distribution of multinomial counts and is ten times faster
-    than drawing those; chunks keep 40,000 clusters far below 1 GB.
-
-    Args:
-        sums: Sum of the values of each cluster, (clusters,).
-        sizes: Number of samples of each cluster, (clusters,).
-        resamples: Number of resamples.
-        seed: Seed of the generator.
-
-    Returns:
-        Means, (resamples,).
-    """
-    rng = np.random.default_rng(seed)
-    has_one_size = bool(np.all(sizes == sizes[0]))
-    means = np.empty(resamples, dtype=np.float64)
-    for part in _chunks(resamples, max(1, _DRAWS_AT_ONCE // len(sums))):
-        drawn = rng.integers(0, len(sums), size=(part.stop - part.start, len(sums)))
-        totals = sums[drawn].sum(axis=1)
-        counts = len(sums) * sizes[0] if has_one_size else sizes[drawn].sum(axis=1)
-        means[part] = totals / counts
-    return means
 
 
 def holm_adjust(p_values: Sequence[float | None]) -> list[float | None]:
@@ -173,18 +236,6 @@ def decide(
     return "better" if (difference > 0.0) == higher_is_better else "worse"
 
 
-def cluster_standard_error(
-    values: Sequence[float] | Array, clusters: Sequence[str]
-) -> float | None:
-    """Cluster-robust standard error of a mean; None below two clusters."""
-    array = np.asarray(values, dtype=np.float64)
-    sums, sizes = _cluster_totals(array - array.mean(), clusters)
-    count = len(sums)
-    if count < 2:
-        return None
-    return float(np.sqrt(np.square(sums).sum() * count / (count - 1)) / sizes.sum())
-
-
 def unseen_change_bounds(difference: float, clusters: int, top: float) -> tuple[float, float]:
     """Bound a difference that is the same in every cluster, where resampling shows no spread.
 
@@ -198,11 +249,6 @@ def unseen_change_bounds(difference: float, clusters: int, top: float) -> tuple[
     )
 
 
-def is_binary(scores: Array, top: float = 1.0) -> bool:
-    """Say whether scores are right-or-wrong."""
-    return bool(np.all((scores == 0.0) | (scores == top)))
-
-
 def sign_flip_floor(changed_clusters: int) -> float:
     """Smallest two-sided p that this many changed clusters can give under sign flips.
 
@@ -212,14 +258,29 @@ def sign_flip_floor(changed_clusters: int) -> float:
 
 
 def bootstrap_p(draws: Array, changed_clusters: int) -> float:
-    """Two-sided p of "no difference" from bootstrap means, never below the sign-flip floor."""
+    """Two-sided p of "no difference" from bootstrap draws, never below the sign-flip floor."""
     # Sums of tenths that cancel leave rounding errors, which are no differences.
     tail = min((draws <= ROUNDING).sum(), (draws >= -ROUNDING).sum())
     p_value = min(1.0, 2.0 * (float(tail) + 1.0) / (len(draws) + 1.0))
     return max(p_value, sign_flip_floor(changed_clusters))
 
 
-def _one_cluster(difference: float, samples: int) -> PairedDifference:
+def _answers_of_clusters(strata: Sequence[Stratum], top: float) -> tuple[Array, Array] | None:
+    """Return the right-or-wrong answer of each cluster, if that is all there is."""
+    if len(strata) > 1 or len(strata[0].baseline) > 1:
+        return None
+    answers = []
+    for measure in strata[0].measures:
+        if not isinstance(measure, RatioMeasure) or measure.numerators.shape[1] > 1:
+            return None
+        scores = measure.factor * measure.numerators[:, 0]
+        if not np.all(measure.denominators == 1.0) or not np.isin(scores, (0.0, top)).all():
+            return None
+        answers.append(scores)
+    return answers[0], answers[1]
+
+
+def _one_cluster(difference: float, samples: int, clusters: int) -> PairedDifference:
     return PairedDifference(
         difference=difference,
         low=None,
@@ -228,32 +289,18 @@ def _one_cluster(difference: float, samples: int) -> PairedDifference:
         test=None,
         detectable=None,
         samples=samples,
-        clusters=1,
+        clusters=clusters,
+        changed_clusters=0,
         draws=None,
         note=f"all {samples} samples belong to one cluster: no interval and no p-value.",
     )
 
 
-def _bootstrap_p(draws: Array, sums: Array) -> float:
-    return bootstrap_p(draws, int((np.abs(sums) > ROUNDING).sum()))
-
-
-def _cluster_totals(values: Array, clusters: Sequence[str]) -> tuple[Array, Array]:
-    _, members = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    return (
-        np.bincount(members, weights=values).astype(np.float64),
-        np.bincount(members).astype(np.float64),
-    )
-
-
-def _note(changes: Array, clusters: int) -> str | None:
-    if not changes.any():
-        return "no score changed: the interval is what this many clusters could have missed."
+def _note(changed: int, clusters: int) -> str | None:
+    if not changed:
+        return (
+            "no cluster's total changed: the interval is what this many clusters could have missed."
+        )
     if clusters < FEW_CLUSTERS:
         return f"only {clusters} clusters: the interval is rough."
     return None
-
-
-def _chunks(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))

@@ -73,7 +73,7 @@ def read_task_name(path: Path, *, is_required: bool) -> str | None:
         EvaluationError: If the file cannot be read, is not YAML, names missing data files, or
             defines no task although it is required to.
     """
-    content = _peek(path)
+    content = peek(path)
     if "class" in content:
         raise EvaluationError(
             f"task file {path} defines its task by a Python class, which is not supported.",
@@ -150,7 +150,12 @@ def _function_name(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
 _PeekLoader.add_constructor("!function", _function_name)
 
 
-def _peek(path: Path) -> dict[str, Any]:
+def peek(path: Path) -> dict[str, Any]:
+    """Read a task file without importing the functions that it names.
+
+    Raises:
+        EvaluationError: If it cannot be read or is not YAML.
+    """
     try:
         # A SafeLoader with one scalar tag more: no objects are built.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PeekLoader)  # noqa: S506

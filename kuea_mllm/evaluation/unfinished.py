@@ -4,21 +4,25 @@ OUT.unfinished/
 evaluation.json       what is evaluated: recipe, model, library versions
 lmms_eval.log         lmms-eval's log of all sittings
 columns/<task>/       one finished column (see `column_run`); made whole or not at all
+answers/<task>/       answers of a column that is not (see `journal`)
+
+Of several processes only the first writes here, but for the answers, which each keeps itself.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kuea_mllm.errors import OutputError, RecipeError, UserError
+from kuea_mllm.evaluation.journal import Journal, holds_answers
+from kuea_mllm.evaluation.processes import fail_together, from_zero, process_number
 from kuea_mllm.evaluation.results import file_name
 from kuea_mllm.io import (
     create_directory,
@@ -29,8 +33,9 @@ from kuea_mllm.io import (
     write_json,
 )
 from kuea_mllm.log import LOGGER
+from kuea_mllm.training.lock import LOCK, locked
 
-RECORD, COLUMNS, LOG, LOCK = "evaluation.json", "columns", "lmms_eval.log", ".lock"
+RECORD, COLUMNS, ANSWERS, LOG = "evaluation.json", "columns", "answers", "lmms_eval.log"
 COLUMN = "column.json"
 """Of a column's directory; written last."""
 
@@ -38,6 +43,13 @@ COLUMN = "column.json"
 FREE_KEYS = (
     "batch_size",
     "max_failures",
+    "num_processes",
+    "shared_prefix",
+    "judge.url",
+    "judge.api_key_env",
+    "judge.concurrency",
+    "judge.timeout_s",
+    "judge.retries",
     "fewshot.cache_images",
     "fewshot.retrieval.batch_size",
     "fewshot.retrieval.cache",
@@ -67,7 +79,7 @@ class Unfinished:
     Attributes:
         path: `OUT.unfinished`.
         identity: What is evaluated.
-        is_resumed: Whether columns of an earlier sitting are kept.
+        is_resumed: Whether columns or answers of an earlier sitting are kept.
     """
 
     path: Path
@@ -82,6 +94,20 @@ class Unfinished:
         """Say whether a column is there."""
         return (self.column(task) / COLUMN).is_file()
 
+    def journal(self, task: str, content: str | None = None) -> Journal:
+        """Return what keeps the answers of a task until its column is finished.
+
+        Args:
+            task: Its name.
+            content: What its data are recognised by; None where that is not known.
+        """
+        return Journal(self.path / ANSWERS / file_name(task), content)
+
+    @property
+    def log(self) -> Path:
+        """Where lmms-eval's log goes; that of other processes goes nowhere."""
+        return self.path / LOG if process_number() == 0 else Path(os.devnull)
+
     def claim(self, model: str) -> None:
         """Make sure that the finished columns are of this model, and record what is evaluated.
 
@@ -91,6 +117,8 @@ class Unfinished:
         Raises:
             UserError: If the model is another one.
         """
+        if process_number():
+            return
         if self.is_resumed:
             _require_same_model(read_json(self.path / RECORD)["model"], model)
         write_json(
@@ -131,7 +159,7 @@ def require_startable(out: Path, *, resume: bool, restart: bool) -> None:
             "It will not be touched: choose another --out, or move it away.",
         )
     if path.exists() and not (resume or restart):
-        with _locked(path):
+        with locked(path):
             raise _lies_there(path)
     if resume and not path.exists():
         raise OutputError(
@@ -146,50 +174,77 @@ def open_unfinished(
 ) -> Iterator[Unfinished]:
     """Create or reopen the unfinished evaluation of an output; remove it when the block succeeds.
 
-    A block that fails leaves it if a column is finished, and nothing at all otherwise.
+    A block that fails leaves it if an answer is kept, and nothing at all otherwise.
 
     Raises:
         OutputError: If another process works on it.
         UserError: If it is resumed with another recipe or other library versions.
     """
     path = unfinished_path(out)
+    if process_number():
+        # What process zero finds out while it opens, or what stops it.
+        with fail_together():
+            pass
+        yield Unfinished(path, identity, from_zero(False))
+        return
+    with ExitStack() as opened:
+        with fail_together():
+            is_resumed = opened.enter_context(_opened(path, out, identity, resume, restart))
+        yield Unfinished(path, identity, from_zero(is_resumed))
+
+
+@contextmanager
+def _opened(
+    path: Path, out: Path, identity: Identity, resume: bool, restart: bool
+) -> Iterator[bool]:
+    """Do the work of `open_unfinished` in process zero; give whether something is resumed."""
     created = create_directory(path, wanted_for=out)
-    with _locked(path):
+    with locked(path):
         if _entries(path) and not (resume or restart):
             raise _lies_there(path)
-        is_resumed = resume and finished_columns(path) > 0
+        is_resumed = resume and _holds_work(path)
         if resume and not is_resumed:
-            LOGGER.info("%s holds no finished column: starting from the beginning.", path)
+            LOGGER.info("%s holds no answer: starting from the beginning.", path)
         if is_resumed:
             # Before data sets are read or images embedded under the wrong recipe.
             _require_same_recipe(path, identity)
         try:
             if not is_resumed:
                 _empty(path)
-            remedy = "Free some space and run it again, with --resume if columns were kept."
+            remedy = "Free some space and run it again, with --resume if answers were kept."
             with disk_errors_named(path, remedy=remedy):
-                yield Unfinished(path, identity, is_resumed)
+                yield is_resumed
             _empty(path)
             shutil.rmtree(path)
         except BaseException:
-            count = finished_columns(path)
-            if count:
-                LOGGER.warning("Finished columns kept in %s: %d. Go on with --resume.", path, count)
+            if _holds_work(path):
+                LOGGER.warning(
+                    "Kept in %s: finished columns: %d, and the answers of the one that was asked. "
+                    "Go on with --resume.",
+                    path,
+                    finished_columns(path),
+                )
             else:
                 shutil.rmtree(path, ignore_errors=True)
                 remove_empty_parents(path.parent, created if created != path else None)
             raise
 
 
+def _holds_work(path: Path) -> bool:
+    return finished_columns(path) > 0 or holds_answers(path / ANSWERS)
+
+
 def fingerprint_files(model_dir: Path) -> str:
     """Hash the files of a model directory: weights, configuration, tokenizer (SHA-256, hex)."""
     digest = hashlib.sha256()
-    for path in sorted(model_dir.iterdir()):
+    for path in sorted(model_dir.rglob("*")):
+        name = path.relative_to(model_dir)
+        is_hidden = any(part.startswith(".") for part in name.parts)
         # A model card has no part in the answers.
-        if path.is_file() and not path.name.startswith(".") and path.suffix != ".md":
+        if path.is_file() and not is_hidden and path.suffix != ".md":
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name}\0{content}\n".encode())
+            digest.update(f"{name.as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
 
 
@@ -202,7 +257,7 @@ def _require_same_recipe(path: Path, identity: Identity) -> None:
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say which keys differ and may."""
-    old, new = _flat(before), _flat(now)
+    old, new = flatten(before), flatten(now)
     lines = []
     for key in sorted(old.keys() | new.keys()):
         values = old.get(key, _NOTHING), new.get(key, _NOTHING)
@@ -237,12 +292,13 @@ def _require_same_versions(before: Mapping[str, str], now: Mapping[str, str]) ->
             )
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a recipe by their dotted keys."""
     if not isinstance(node, Mapping) or not node:
         return {prefix: node}
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
@@ -272,23 +328,3 @@ def _empty(path: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel releases however a process ends."""
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 20).decode(errors="replace").strip()
-            raise OutputError(
-                f"another process is working on {path} (process {owner or 'unknown'}).",
-                "Wait for it, or choose another --out.",
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)

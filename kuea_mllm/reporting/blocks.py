@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-Tone: TypeAlias = Literal["plain", "lead", "note", "warning", "better", "worse", "unclear"]
+Tone: TypeAlias = Literal[
+    "plain", "lead", "note", "warning", "better", "worse", "unclear", "differs"
+]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Table:
         rows: Cells, as many per row as there are names.
         numeric: Positions of the columns that hold numbers, which are aligned to the right.
         footer: How many rows at the end are totals.
+        breaks: Whether long values (paths, fingerprints) are broken to fit, anywhere.
     """
 
     caption: str
@@ -80,6 +83,7 @@ class Table:
     rows: Sequence[Sequence[str | Cell]]
     numeric: frozenset[int] = frozenset()
     footer: int = 0
+    breaks: bool = False
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -110,6 +114,32 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """A few large numbers with a word below each.
+
+    Args:
+        items: Number, what it is, and its tone.
+    """
+
+    items: Sequence[tuple[str, str, Tone]]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle on the picture of an example.
+
+    Args:
+        label: What it is: `expected`, or the name of a model.
+        role: Decides colour and line.
+        corners: Left, top, right, bottom in fractions of the picture.
+    """
+
+    label: str
+    role: Literal["expected", "baseline", "candidate"]
+    corners: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
 class Example:
     """One question and what two models answered.
 
@@ -122,7 +152,12 @@ class Example:
         candidate_answer: What the candidate answered; None likewise.
         baseline_score: 1 for right, 0 for wrong, None if there is nothing to score.
         candidate_score: Likewise.
+        baseline_note: What the score is where it says nothing about right or wrong.
+        candidate_note: Likewise.
         image: Bytes of a PNG or JPEG, if there is a picture.
+        no_image: Why there is none.
+        boxes: What to draw over it.
+        group: Part of the task that the question belongs to.
     """
 
     task: str
@@ -133,7 +168,12 @@ class Example:
     candidate_answer: str | None
     baseline_score: float | None
     candidate_score: float | None
+    baseline_note: str = ""
+    candidate_note: str = ""
     image: bytes | None = None
+    no_image: str = "no picture stored"
+    boxes: Sequence[Box] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,6 +192,53 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class FlipGroup:
+    """Questions of one column whose score moved in one direction.
+
+    Args:
+        total: How many there are.
+        shown: Those shown as cards.
+        listed: Further ones, shown as lines.
+    """
+
+    total: int
+    shown: Sequence[Example] = ()
+    listed: Sequence[Example] = ()
+
+
+@dataclass(frozen=True)
+class FlipColumn:
+    """What moved in one column.
+
+    Args:
+        name: The column.
+        gained: Questions that the candidate answers better.
+        lost: Questions that the baseline answers better.
+        file: Where all of them are.
+    """
+
+    name: str
+    gained: FlipGroup
+    lost: FlipGroup
+    file: str
+
+
+@dataclass(frozen=True)
+class Flips:
+    """A gallery of questions whose score moved, to be filtered by column and direction.
+
+    Args:
+        columns: The columns.
+        baseline: Name of the first model.
+        candidate: Name of the second model.
+    """
+
+    columns: Sequence[FlipColumn]
+    baseline: str
+    candidate: str
+
+
+@dataclass(frozen=True)
 class Details:
     """Blocks that are folded away behind a line.
 
@@ -164,7 +251,9 @@ class Details:
     blocks: Sequence[Block]
 
 
-Block: TypeAlias = Paragraph | Bullets | Figure | Table | KeyValues | Code | Gallery | Details
+Block: TypeAlias = (
+    Paragraph | Bullets | Tiles | Figure | Table | KeyValues | Code | Gallery | Flips | Details
+)
 
 
 @dataclass(frozen=True)

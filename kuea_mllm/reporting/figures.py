@@ -117,8 +117,9 @@ def paired_differences(comparison: Mapping[str, Any]) -> Figure:
                 va="center",
                 annotation_clip=False,
             )
-        if rows[-1] is view.average and len(rows) > 1:
-            axes.axhline(len(rows) - 1.5, color=GREY, linewidth=0.8)
+        averages = sum(row in view.averages for row in rows)
+        if 0 < averages < len(rows):
+            axes.axhline(len(rows) - averages - 0.5, color=GREY, linewidth=0.8)
         axes.set_yticks(range(len(rows)), [short_name(row.task) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)

@@ -13,7 +13,8 @@ import jinja2
 
 import kuea_mllm
 from kuea_mllm.io import write_text
-from kuea_mllm.reporting.blocks import Block, Report, Section
+from kuea_mllm.reporting.blocks import Block, Box, Example, Flips, Report, Section
+from kuea_mllm.reporting.dark import adapt_to_dark
 from kuea_mllm.reporting.pages import quickstart_report
 from kuea_mllm.reporting.text import clean, shorten
 
@@ -88,13 +89,19 @@ def render_html(report: Report) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        clean=clean, shorten=shorten, picture=make_picture, mark=make_mark, kind=_kind
+        clean=clean,
+        shorten=shorten,
+        picture=make_picture,
+        mark=make_mark,
+        kind=_kind,
+        overlap=_overlap_text,
     )
     numbers = itertools.count(1)
     return environment.get_template("report.html").render(
         report=report,
         version=kuea_mllm.__version__,
         next_id=lambda: f"table-{next(numbers)}",
+        flip_columns=_count_flip_columns(report.sections),
     )
 
 
@@ -107,7 +114,7 @@ def make_picture(image: str | bytes) -> Picture:
     if isinstance(image, str):
         if "<svg" not in image[:2000]:
             raise ValueError("the text of a figure is not SVG.")
-        return Picture(_data_uri("image/svg+xml", image.encode()), is_drawing=True)
+        return Picture(_data_uri("image/svg+xml", adapt_to_dark(image).encode()), is_drawing=True)
     if image.startswith(b"\x89PNG\r\n\x1a\n") and len(image) >= 24:
         width, height = struct.unpack(">II", image[16:24])
         return Picture(_data_uri("image/png", image), width, height)
@@ -116,8 +123,15 @@ def make_picture(image: str | bytes) -> Picture:
     raise ValueError("an image is neither SVG nor PNG nor JPEG.")
 
 
-def make_mark(score: float | None) -> Mark:
-    """Judge an answer by its score; None means that there was no answer to judge."""
+def make_mark(score: float | None, note: str = "") -> Mark:
+    """Judge an answer by its score; None means that there was no answer to judge.
+
+    Args:
+        score: From 0 to 1.
+        note: What to say instead, where the score is no share of what is right.
+    """
+    if note:
+        return Mark(note, "", "unclear")
     if score is None:
         return Mark("not scored", "–", "unclear")  # noqa: RUF001 - a dash, meant as one
     if score >= 1:
@@ -133,3 +147,27 @@ def _data_uri(media_type: str, content: bytes) -> str:
 
 def _kind(block: Block) -> str:
     return type(block).__name__
+
+
+def _overlap_text(box: Box, example: Example) -> str:
+    """Say how well a box fits the expected one, where both are there."""
+    target = next((other for other in example.boxes if other.role == "expected"), None)
+    if target is None or box.role == "expected":
+        return ""
+    return f"IoU {_overlap(box.corners, target.corners):.2f}"
+
+
+def _overlap(first: Sequence[float], second: Sequence[float]) -> float:
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    areas = [max(b[2] - b[0], 0.0) * max(b[3] - b[1], 0.0) for b in (first, second)]
+    union = sum(areas) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def _count_flip_columns(sections: Sequence[Section]) -> int:
+    """Return the most columns that a gallery of flipped questions has, for the filter's rules."""
+    found = [len(b.columns) for s in sections for b in s.blocks if isinstance(b, Flips)]
+    found += [_count_flip_columns(section.sections) for section in sections]
+    return max(found, default=0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from kuea_mllm.reporting import rows
 from kuea_mllm.reporting.blocks import (
     Block,
     Bullets,
@@ -12,32 +14,51 @@ from kuea_mllm.reporting.blocks import (
     Details,
     Example,
     Figure,
+    FlipColumn,
+    Flips,
     Gallery,
     KeyValues,
     Paragraph,
     Report,
     Section,
     Table,
+    Tiles,
     Tone,
 )
+from kuea_mllm.reporting.paper import OwnScores, paper_section
+from kuea_mllm.reporting.provenance import models_blocks
+from kuea_mllm.reporting.run_sections import (
+    asked_section,
+    groups_section,
+    score_figure_blocks,
+    seeds_section,
+    view_series,
+)
 from kuea_mllm.reporting.sentences import average_sentence, headline, power_remark
-from kuea_mllm.reporting.text import clean, count, p_value, percent, value_text
-from kuea_mllm.reporting.view import NOT_TESTED, ColumnView, ComparisonView, parse_comparison
+from kuea_mllm.reporting.text import count, p_value, percent
+from kuea_mllm.reporting.view import (
+    MISSING,
+    NOT_TESTED,
+    ColumnView,
+    ComparisonView,
+    parse_comparison,
+)
 
-_VERDICTS: dict[str, tuple[str, Tone]] = {
+VERDICT_LOOKS: dict[str, tuple[str, Tone]] = {
     "better": ("▲ better", "better"),
     "worse": ("▼ worse", "worse"),
     "cannot tell": ("● cannot tell", "unclear"),
     NOT_TESTED: ("○ not tested", "unclear"),
+    MISSING: ("○ missing", "unclear"),
 }
 
 
 def comparison_report(
     *,
     comparison: Mapping[str, Any],
-    baseline_summary: Mapping[str, Any],
-    candidate_summary: Mapping[str, Any],
-    examples: Sequence[Example] = (),
+    baselines: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Mapping[str, Any]],
+    flips: Sequence[FlipColumn] = (),
     extra_sections: Sequence[Section] = (),
     provenance: Sequence[tuple[str, str]] = (),
 ) -> Report:
@@ -45,9 +66,9 @@ def comparison_report(
 
     Args:
         comparison: The comparison's JSON form.
-        baseline_summary: `summary.json` of the baseline.
-        candidate_summary: `summary.json` of the candidate.
-        examples: Questions to show, see `examples.pick_examples`.
+        baselines: `summary.json` of the baseline, one for each seed.
+        candidates: `summary.json` of the candidate, in the same order.
+        flips: Questions whose score moved, see `examples.pick_flips`.
         extra_sections: Sections between the comparison and the settings, such as kernel figures.
         provenance: Pairs of name and value: commands, versions, fingerprints.
 
@@ -55,24 +76,27 @@ def comparison_report(
         EvaluationError: If the comparison is not complete.
     """
     view = parse_comparison(comparison)
-    sections = comparison_sections(comparison, examples=examples)
-    sections.extend(extra_sections)
-    sections.append(
-        Section(
-            "The two models",
-            sections=[
-                Section(view.baseline, [KeyValues(describe_results(baseline_summary))]),
-                Section(view.candidate, [KeyValues(describe_results(candidate_summary))]),
-            ],
-        )
-    )
-    if provenance:
-        sections.append(_provenance(provenance))
+    pair = [(view.baseline, baselines[0]), (view.candidate, candidates[0])]
+    finding, *more_found = comparison_summary(view)
+    scores, *more = comparison_sections(comparison)
+    figures = Section("Both models in one picture", score_figure_blocks(*view_series([view])))
+    found = [
+        replace(scores, blocks=[*scores.blocks], sections=[figures] if figures.blocks else []),
+        *more,
+        paper_section([OwnScores(view.baseline, baselines), OwnScores(view.candidate, candidates)]),
+        seeds_section(view),
+        groups_section([(view.baseline, baselines), (view.candidate, candidates)]),
+        _flips_section(flips, view, len(baselines)),
+        *extra_sections,
+        asked_section(pair),
+        Section("The two models", models_blocks(_all_runs(view, baselines, candidates))),
+        _provenance(provenance) if provenance else None,
+    ]
     return Report(
         title="Paired comparison",
         subtitle=f"Baseline: {view.baseline}. Candidate: {view.candidate}.",
-        summary=comparison_summary(view),
-        sections=sections,
+        summary=[finding, verdict_tiles(view), *more_found],
+        sections=[section for section in found if section is not None],
     )
 
 
@@ -99,14 +123,20 @@ def comparison_summary(view: ComparisonView) -> list[Block]:
 
 
 def comparison_sections(
-    comparison: Mapping[str, Any], *, examples: Sequence[Example] = ()
+    comparison: Mapping[str, Any], *, examples: Sequence[Example] = (), start: str = "Scores"
 ) -> list[Section]:
-    """Build the sections of a comparison: scores, and example questions if there are any."""
+    """Build the sections of a comparison: scores, and example questions if there are any.
+
+    Args:
+        comparison: The comparison's JSON form.
+        examples: Questions to show, see `examples.pick_examples`.
+        start: How the caption of the table begins.
+    """
     # Imported here because matplotlib takes a second, which a report without figures need not pay.
     from kuea_mllm.reporting.figures import figure_svg, paired_differences
 
     view = parse_comparison(comparison)
-    blocks: list[Block] = [comparison_table(view), *_table_notes(view)]
+    blocks: list[Block] = [comparison_table(view, start), *_table_notes(view)]
     if any(column.has_interval for column in view.columns):
         blocks.append(
             Figure(
@@ -125,12 +155,17 @@ def comparison_sections(
     return sections
 
 
-def comparison_table(view: ComparisonView) -> Table:
-    """Build the table of a comparison; what was found comes first, for narrow screens."""
+def comparison_table(view: ComparisonView, start: str = "Scores") -> Table:
+    """Build the table of a comparison; what was found comes first, for narrow screens.
+
+    Args:
+        view: The comparison.
+        start: How the caption begins; differs between the tables of one page.
+    """
     return Table(
-        caption="Scores in percent, differences in percentage points.",
+        caption=f"{start} in percent, differences in percentage points.",
         header=(
-            "Task",
+            "Column",
             "Verdict",
             f"Difference [{view.level_text} interval]",
             "Baseline",
@@ -142,7 +177,7 @@ def comparison_table(view: ComparisonView) -> Table:
         ),
         rows=[_table_row(column) for column in view.rows],
         numeric=frozenset(range(2, 8)),
-        footer=1 if view.average else 0,
+        footer=len(view.averages),
     )
 
 
@@ -180,42 +215,58 @@ def example_section(
     )
 
 
-def describe_results(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """List what is known about a results directory: model, tower, settings, versions."""
-    pairs = [
-        *_prefixed("", summary.get("model")),
-        *_prefixed("", summary.get("settings")),
-        *[(f"version of {name}", value) for name, value in _prefixed("", summary.get("versions"))],
+def verdict_tiles(view: ComparisonView) -> Tiles:
+    """Return the comparison in large numbers: the average, and how many columns moved."""
+    items: list[tuple[str, str, Tone]] = []
+    if view.average is not None:
+        text, tone = VERDICT_LOOKS[view.average.verdict]
+        items.append((view.average.difference_text, f"points on average: {text}", tone))
+    for verdict, (text, tone) in VERDICT_LOOKS.items():
+        number = sum(column.verdict_text == verdict for column in view.columns)
+        if number:
+            items.append((str(number), text, tone))
+    return Tiles(items)
+
+
+def _flips_section(flips: Sequence[FlipColumn], view: ComparisonView, seeds: int) -> Section | None:
+    if not flips:
+        return None
+    text = (
+        "Questions whose score moved, by column. Which ones are shown follows from a hash of their "
+        "names, not from what the models said: those with a picture first, each picture once "
+        "before any twice, as many gained as lost."
+    )
+    if seeds > 1:
+        text += f" Answers are those of the first of {seeds} seeds."
+    return Section(
+        "Flipped questions",
+        [Paragraph(text, "note"), Flips(flips, view.baseline, view.candidate)],
+    )
+
+
+def _all_runs(
+    view: ComparisonView,
+    baselines: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, Mapping[str, Any]]]:
+    sides = ((view.baseline, baselines), (view.candidate, candidates))
+    return [
+        (name if len(runs) == 1 else f"{name}, run {number}", run)
+        for name, runs in sides
+        for number, run in enumerate(runs, start=1)
     ]
-    for key in ("created", "command", "seconds"):
-        if summary.get(key) is not None:
-            pairs.append((key, value_text(summary[key])))
-    return pairs
-
-
-def _prefixed(prefix: str, values: object) -> list[tuple[str, str]]:
-    if not isinstance(values, Mapping):
-        return []
-    pairs = []
-    for key, value in values.items():
-        name = f"{prefix}{clean(key).replace('_', ' ')}"
-        if isinstance(value, Mapping):
-            pairs.extend(_prefixed(f"{name}: ", value))
-        elif value is not None:
-            pairs.append((name, value_text(value)))
-    return pairs
 
 
 def _table_row(column: ColumnView) -> list[str | Cell]:
     flips = "" if column.n is None or column.reason else f"{column.improved} / {column.worsened}"
     return [
         column.task,
-        Cell(*_VERDICTS[column.verdict]),
+        Cell(*VERDICT_LOOKS[column.verdict_text]),
         column.difference_text,
         column.baseline_text,
         column.candidate_text,
         p_value(column.p_holm),
-        flips or "n/a",
+        flips or ("" if column.n is None else "n/a"),
         "" if column.n is None else count(column.n),
         column.metric if column.higher_is_better else f"{column.metric} (lower is better)",
     ]
@@ -230,10 +281,10 @@ def _table_notes(view: ComparisonView) -> list[Block]:
     text = (
         "Both models answered the same questions. A verdict other than “cannot tell” needs an "
         f"adjusted p-value below {view.alpha:g}; the adjustment (Holm) allows for the number of "
-        "columns, the intervals do not. The p-value of the average is not adjusted. Won and lost "
-        "count the questions whose score rose or fell."
+        "columns, the intervals do not."
     )
-    blocks: list[Block] = [Paragraph(text, "note")]
+    blocks: list[Block] = [Paragraph(rows.caption(view), "note")] if view.protocols else []
+    blocks.append(Paragraph(text, "note"))
     clusters = [
         f"{c.task}: {count(c.n)} questions about {count(c.clusters)} pictures or groups"
         for c in view.columns
@@ -245,9 +296,8 @@ def _table_notes(view: ComparisonView) -> list[Block]:
         for c in view.columns
         if c.detectable is not None
     ]
-    notes = [f"{c.task}: {c.note}" for c in view.rows if c.note]
-    if clusters or details or notes:
-        blocks.append(Details("Sample sizes and power", [Bullets([*clusters, *details, *notes])]))
+    if found := [*clusters, *details, *view.notes]:
+        blocks.append(Details("Sample sizes and power", [Bullets(found)]))
     return blocks
 
 

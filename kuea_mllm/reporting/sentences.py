@@ -8,6 +8,7 @@ from kuea_mllm.reporting.text import percent, plural, points
 from kuea_mllm.reporting.view import NOT_TESTED, VERDICTS, ColumnView, ComparisonView
 
 _NAMED_COLUMNS = 3
+_FOUND = {"better": "better", "worse": "worse", "cannot tell": "cannot be told apart"}
 
 
 def headline(view: ComparisonView) -> str:
@@ -19,7 +20,7 @@ def headline(view: ComparisonView) -> str:
         return "Nothing was tested: none of the columns is paired."
     better, worse, unclear = ([c for c in tested if c.verdict == verdict] for verdict in VERDICTS)
     if len(unclear) == len(tested):
-        return _null_headline(tested)
+        return _null_headline(view, tested)
     parts = []
     if unclear:
         parts.append(f"{plural(len(unclear), 'column')} cannot be told apart")
@@ -54,21 +55,27 @@ def power_remark(view: ComparisonView) -> str:
 
 
 def average_sentence(view: ComparisonView) -> str:
-    """Say what the average over the columns did; empty if there is no average."""
-    if view.average is None:
-        return ""
-    found = {
-        "better": "better",
-        "worse": "worse",
-        "cannot tell": "cannot be told apart",
-    }[view.average.verdict]
-    return f"Average over the columns: {view.average.difference_text} points, {found}."
+    """Say what the averages over the columns did; empty if there is none."""
+    parts = [
+        f"{start}: {row.difference_text} points, {_FOUND[row.verdict]}."
+        for start, row in (
+            ("Average over the columns", view.average),
+            ("Without those that a judge scored", view.average_unjudged),
+        )
+        if row is not None
+    ]
+    return " ".join(parts)
 
 
-def _null_headline(columns: Sequence[ColumnView]) -> str:
+def _null_headline(view: ComparisonView, columns: Sequence[ColumnView]) -> str:
     if len(columns) == 1:
         return f"No difference could be shown in the one column tested ({_named(columns)})."
-    return f"No difference could be shown in any of the {len(columns)} columns tested."
+    text = f"No difference could be shown in any of the {len(columns)} columns tested"
+    average = view.average
+    if average is None or average.verdict == "cannot tell":
+        return f"{text}."
+    found = f"{average.verdict} ({average.difference_text} points)"
+    return f"{text} by itself, but their average is {found}."
 
 
 def _named(columns: Sequence[ColumnView]) -> str:

@@ -1,4 +1,4 @@
-"""Tables for the terminal, and the same as Markdown.
+"""Tables for the terminal.
 
 At 80 columns no number is cut: the name of the metric moves below the name of the task, and only
 names are folded.
@@ -15,11 +15,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from kuea_mllm.reporting import rows
 from kuea_mllm.reporting.sentences import average_sentence, headline, power_remark
-from kuea_mllm.reporting.text import count, one_line, p_value, percent, plain, value_text
-from kuea_mllm.reporting.view import ColumnView, ComparisonView, parse_comparison
+from kuea_mllm.reporting.text import one_line, value_text
+from kuea_mllm.reporting.view import ComparisonView, parse_comparison
 
 WIDE_COLUMNS = 100
+ALL_COLUMNS = 140
 _STYLES = {"better": "bold green", "worse": "bold red", "cannot tell": "dim", "not tested": "dim"}
 
 
@@ -38,7 +40,18 @@ class ComparisonTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render for `console`; called by rich."""
-        yield _comparison_table(self.view, is_wide=options.max_width >= WIDE_COLUMNS)
+        yield _comparison_table(self.view, width=options.max_width)
+
+
+class _Caption:
+    """What the columns mean that there is room for."""
+
+    def __init__(self, view: ComparisonView) -> None:
+        self.view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        is_narrow = options.max_width < ALL_COLUMNS
+        yield Text(rows.caption(self.view, is_narrow=is_narrow), style="dim")
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> ComparisonTable:
@@ -47,24 +60,37 @@ def comparison_table(comparison: Mapping[str, Any]) -> ComparisonTable:
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> Group:
-    """Make the whole terminal answer: what was found, the table, what to keep in mind."""
-    view = parse_comparison(comparison)
-    parts: list[Any] = [Text(headline(view), style="bold")]
-    if sentence := average_sentence(view):
-        parts.append(Text(sentence))
-    parts.extend([Text(), ComparisonTable(comparison), Text()])
-    if remark := power_remark(view):
-        parts.append(Text(remark))
-    parts.extend(Text(f"Note: {remark}") for remark in view.remarks)
+    """Make the whole terminal answer: what was found, the table, what to keep in mind.
+
+    Several candidates follow one another.
+    """
+    parts: list[Any] = []
+    pairs = comparison.get("pairs") or [comparison]
+    for pair in pairs:
+        view = parse_comparison(pair)
+        parts.extend([Text()] if parts else [])
+        if len(pairs) > 1:
+            parts.append(Text(rows.title(view), style="bold underline"))
+        parts.append(Text(headline(view), style="bold"))
+        if sentence := average_sentence(view):
+            parts.append(Text(sentence))
+        parts.extend([Text(), ComparisonTable(pair), Text()])
+        if (seeds := _seed_table(view)) is not None:
+            parts.extend([seeds, Text()])
+        if remark := power_remark(view):
+            parts.append(Text(remark))
+        if view.protocols:
+            parts.append(_Caption(view))
+        parts.extend(Text(f"Note: {remark}") for remark in (*view.remarks, *view.notes))
     return Group(*parts)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Make the table of one results directory from its `summary.json`."""
     table = _table(f"Results of {_model_name(summary)}")
-    _add_names(table, ("task", "metric"))
+    _add_names(table, ("column", "metric"))
     _add_numbers(table, ("n", "score", "std. error", "failed"))
-    for row in _summary_rows(summary):
+    for row in rows.summary_rows(summary):
         table.add_row(*(Text(cell) for cell in row))
     return table
 
@@ -85,8 +111,11 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Print the table of one results directory."""
-    Console().print(summary_table(summary))
+    """Print the table of one results directory, and why scores are missing."""
+    console = Console()
+    console.print(summary_table(summary))
+    for remark in rows.summary_remarks(summary):
+        console.print(Text(f"Note: {remark}"))
 
 
 def print_key_values(title: str, items: Mapping[str, object]) -> None:
@@ -94,95 +123,45 @@ def print_key_values(title: str, items: Mapping[str, object]) -> None:
     Console().print(key_values(title, list(items.items())))
 
 
-def comparison_markdown(comparison: Mapping[str, Any]) -> str:
-    """Return a comparison as Markdown: what was found, the table, what to keep in mind."""
-    view = parse_comparison(comparison)
-    header = [
-        "task",
-        "metric",
-        "n",
-        "baseline",
-        "candidate",
-        f"difference [{view.level_text} interval]",
-        "p (Holm)",
-        "verdict",
-    ]
-    rows = [_cells(column) for column in view.rows]
-    blocks = [_escape(headline(view)), _markdown_table(header, rows, numeric=range(2, 7))]
-    blocks.extend(_escape(text) for text in (average_sentence(view), power_remark(view)) if text)
-    if view.remarks:
-        blocks.append("\n".join(f"- {_escape(remark)}" for remark in view.remarks))
-    return "\n\n".join(blocks) + "\n"
-
-
-def summary_markdown(summary: Mapping[str, Any]) -> str:
-    """Return the results of one model as a Markdown table."""
-    header = ["task", "metric", "n", "score", "std. error", "failed"]
-    return _markdown_table(header, _summary_rows(summary), numeric=range(2, 6)) + "\n"
-
-
-def key_values_markdown(items: Sequence[tuple[str, object]]) -> str:
-    """Return names and values as a Markdown list."""
-    lines = [f"- **{_escape(name)}**: {_escape(value_text(value))}" for name, value in items]
-    return "\n".join(lines) + "\n"
-
-
-def _comparison_table(view: ComparisonView, *, is_wide: bool) -> Table:
+def _comparison_table(view: ComparisonView, *, width: int) -> Table:
     table = _table("")
-    _add_names(table, ("task", "metric") if is_wide else ("task, metric",))
-    difference = f"difference\n[{view.level_text} interval]"
-    _add_numbers(table, ("n", "baseline", "candidate", difference, "p\n(Holm)"))
-    table.add_column("verdict", no_wrap=True)
-    for column in view.rows:
-        if column is view.average:
+    names = rows.header(view)
+    if width < ALL_COLUMNS:
+        names = rows.narrow(names)
+    is_wide = width >= WIDE_COLUMNS
+    _add_names(table, names[:2] if is_wide else (", ".join(names[:2]),))
+    _add_numbers(table, [name.replace(" [", "\n[").replace(" (", "\n(") for name in names[2:-1]])
+    table.add_column(names[-1], no_wrap=True)
+    for number, column in enumerate(view.rows):
+        if number == len(view.columns):
             table.add_section()
-        texts = _cells(column)
+        texts = rows.cells(column, view)
+        if width < ALL_COLUMNS:
+            texts = rows.narrow(texts)
         if is_wide:
             cells = [Text(text) for text in texts]
         else:
             task, metric, *numbers, verdict = texts
-            names = Text.assemble(task, "\n", (metric, "dim"))
-            cells = [names, *map(Text, numbers), Text(verdict.replace(" ", "\n"))]
+            label = Text.assemble(task, "\n", (metric, "dim"))
+            cells = [label, *map(Text, numbers), Text(verdict.replace(" ", "\n"))]
         cells[-1].stylize(_STYLES[column.verdict])
         table.add_row(*cells)
     return table
 
 
-def _cells(column: ColumnView) -> list[str]:
-    metric = column.metric if column.higher_is_better else f"{column.metric}, lower is better"
-    return [
-        column.task,
-        metric,
-        "" if column.n is None else count(column.n),
-        column.baseline_text,
-        column.candidate_text,
-        column.difference_text,
-        p_value(column.p_holm),
-        column.verdict,
-    ]
-
-
-def _summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    rows = []
-    for column in summary["columns"].values():
-        scale = float(column.get("scale") or 1)
-        score, error = column["score"], column.get("stderr")
-        is_share = abs(score or 0.0) <= scale * 1.0001
-        rows.append(
-            [
-                one_line(column["task"]),
-                one_line(column["metric"]),
-                count(column["n"]),
-                _scaled(score, scale) if is_share else plain(score),
-                _scaled(error, scale) if is_share else plain(error),
-                count(column.get("failed", 0)),
-            ]
-        )
-    return rows
-
-
-def _scaled(value: float | None, scale: float) -> str:
-    return percent(None if value is None else value / scale)
+def _seed_table(view: ComparisonView) -> Table | None:
+    found = rows.seed_rows(view)
+    if not found:
+        return None
+    table = _table("Between seeds")
+    name, *names = rows.SEED_HEADER
+    _add_names(table, (name,))
+    table.add_column(names[0], justify="right", no_wrap=True)
+    table.add_column(names[1], justify="right", overflow="fold")
+    _add_numbers(table, names[2:])
+    for row in found:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _model_name(summary: Mapping[str, Any]) -> str:
@@ -211,16 +190,3 @@ def _add_names(table: Table, names: Sequence[str]) -> None:
 def _add_numbers(table: Table, names: Sequence[str]) -> None:
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: range) -> str:
-    rule = ["---:" if index in numeric else "---" for index in range(len(header))]
-    cells = [list(header), rule, *([_escape(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-
-def _escape(text: str) -> str:
-    escaped = one_line(text)
-    for character in "\\`*_<>|[]#":
-        escaped = escaped.replace(character, f"\\{character}")
-    return escaped

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.reporting.text import interval, one_line, percent, plain, plural, points
+from kuea_mllm.reporting.text import interval, one_line, percent, plain, points
 
 VERDICTS = ("better", "worse", "cannot tell")
 NOT_TESTED = "not tested"
+MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class SeedsView:
+    """Spread of a difference between seeds, as fractions.
+
+    Args:
+        count: Pairs of runs.
+        differences: Difference of each.
+        std: Standard deviation between them.
+        low: Lower end of the t interval of their mean.
+        high: Upper end.
+    """
+
+    count: int
+    differences: Sequence[float]
+    std: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -18,7 +39,7 @@ class ColumnView:
     """One column of a comparison; scores and differences as fractions (0.5 is 50 %).
 
     Args:
-        task: Name of the task.
+        task: Name of the column: the paper's where it has one, else the task's.
         metric: Name of the metric.
         n: Questions used.
         clusters: Groups of questions that share a picture.
@@ -37,6 +58,11 @@ class ColumnView:
         is_share: Whether the scores are shares of a maximum; otherwise they are shown as they are.
         reason: Why the column is not paired; empty if it is.
         note: Further remark.
+        protocol: How the column was asked and scored.
+        missing: Why a model has no score; empty if both have one.
+        judged: Whether a judge scored the answers.
+        test: How the p-value was found.
+        seeds: Spread between the runs of several seeds.
     """
 
     task: str
@@ -58,6 +84,21 @@ class ColumnView:
     is_share: bool = True
     reason: str = ""
     note: str = ""
+    protocol: str = ""
+    missing: str = ""
+    judged: bool = False
+    test: str = ""
+    seeds: SeedsView | None = None
+
+    @property
+    def verdict_text(self) -> str:
+        """The verdict, or why there is none."""
+        return MISSING if self.missing else self.verdict
+
+    @property
+    def detectable_text(self) -> str:
+        """Smallest detectable difference in points."""
+        return percent(self.detectable) if self.is_share else plain(self.detectable)
 
     @property
     def has_interval(self) -> bool:
@@ -96,6 +137,13 @@ class ComparisonView:
         level: Coverage of the intervals, such as 0.95.
         alpha: Level below which an adjusted p-value counts.
         remarks: Warnings, and what was left out.
+        average_unjudged: The mean without judged columns, if there are any.
+        part_averages: Means over parts of the columns, such as those of 4 shots.
+        protocols: How the columns were asked and scored.
+        suite: Suite that was run, if it was one.
+        limit: Questions per column, if not all were asked.
+        limit_seed: Seed by which they were drawn; None for the first ones.
+        limit_spread: Whether they are spread evenly instead.
     """
 
     baseline: str
@@ -105,11 +153,29 @@ class ComparisonView:
     level: float
     alpha: float
     remarks: Sequence[str]
+    average_unjudged: ColumnView | None = None
+    part_averages: Sequence[ColumnView] = ()
+    protocols: Sequence[str] = ()
+    suite: str = ""
+    limit: int | None = None
+    limit_seed: int | None = None
+    limit_spread: bool = False
+
+    @property
+    def averages(self) -> list[ColumnView]:
+        """The averages that there are."""
+        found = (*self.part_averages, self.average, self.average_unjudged)
+        return [row for row in found if row is not None]
 
     @property
     def rows(self) -> list[ColumnView]:
-        """The columns, then the average if there is one."""
-        return [*self.columns, *([self.average] if self.average else [])]
+        """The columns, then the averages."""
+        return [*self.columns, *self.averages]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be kept in mind about single rows: few images, seeds that disagree."""
+        return [f"{row.task}: {row.note}" for row in self.rows if row.note]
 
     @property
     def level_text(self) -> str:
@@ -125,8 +191,8 @@ def parse_comparison(comparison: Mapping[str, Any]) -> ComparisonView:
     """
     try:
         settings = comparison["settings"]
-        columns = [_column(column) for column in comparison["columns"].values()]
-        average = comparison.get("average")
+        columns = _columns(list(comparison["columns"].values()))
+        average, unjudged = (comparison.get(key) for key in ("average", "average_unjudged"))
         names = [_name(comparison[side]) for side in ("baseline", "candidate")]
         if names[0] == names[1]:
             names = [f"{names[0]} (baseline)", f"{names[1]} (candidate)"]
@@ -134,10 +200,20 @@ def parse_comparison(comparison: Mapping[str, Any]) -> ComparisonView:
             baseline=names[0],
             candidate=names[1],
             columns=columns,
-            average=_average(average) if average else None,
+            average=_average(average, "average") if average else None,
             level=float(settings["level"]),
             alpha=float(settings["alpha"]),
             remarks=_remarks(comparison),
+            average_unjudged=_average(unjudged, "without judged") if unjudged else None,
+            part_averages=[
+                _average(raw, f"average, {one_line(part)}")
+                for part, raw in (comparison.get("averages") or {}).items()
+            ],
+            protocols=[one_line(name) for name in settings.get("protocols") or ()],
+            suite=one_line(settings.get("suite") or ""),
+            limit=settings.get("limit"),
+            limit_seed=settings.get("limit_seed"),
+            limit_spread=bool(settings.get("limit_spread")),
         )
     except KeyError as error:
         raise EvaluationError(
@@ -146,14 +222,36 @@ def parse_comparison(comparison: Mapping[str, Any]) -> ComparisonView:
         ) from error
 
 
+def parse_comparisons(content: Mapping[str, Any]) -> list[ComparisonView]:
+    """Read the JSON form of one comparison or of several with one baseline.
+
+    Raises:
+        EvaluationError: If a key is missing, or a verdict is unknown.
+    """
+    return [parse_comparison(pair) for pair in content.get("pairs") or [content]]
+
+
+def _columns(raw: Sequence[Mapping[str, Any]]) -> list[ColumnView]:
+    columns = [_column(column) for column in raw]
+    names = Counter(column.task for column in columns)
+    # The same column by two protocols is two columns.
+    return [
+        replace(column, task=f"{column.task} ({column.protocol})")
+        if names[column.task] > 1 and column.protocol
+        else column
+        for column in columns
+    ]
+
+
 def _column(raw: Mapping[str, Any]) -> ColumnView:
     scale = float(raw.get("scale") or 1)
     largest = max(abs(raw["baseline"] or 0.0), abs(raw["candidate"] or 0.0))
-    # Totals such as MME's are no share of anything; a percentage of them would be nonsense.
-    is_share = largest <= scale * 1.0001
+    # Totals such as MME's are no share of anything; a percentage of them would be nonsense. Scores
+    # of a suite are known: CIDEr and ratios to a reference may exceed 100.
+    is_share = largest <= scale * 1.0001 or bool(raw.get("suite"))
     divisor = scale if is_share else 1.0
     return ColumnView(
-        task=one_line(raw["task"]),
+        task=one_line(raw.get("column") or raw["task"]),
         metric=one_line(raw["metric"]),
         n=raw.get("n"),
         clusters=raw.get("clusters"),
@@ -172,13 +270,30 @@ def _column(raw: Mapping[str, Any]) -> ColumnView:
         is_share=is_share,
         reason=one_line(raw.get("reason") or ""),
         note=one_line(raw.get("note") or ""),
+        protocol=one_line(raw.get("protocol") or ""),
+        missing=one_line(raw.get("missing") or ""),
+        judged=bool(raw.get("judged")),
+        test=one_line(raw.get("test") or ""),
+        seeds=_seeds(raw.get("seeds"), divisor),
     )
 
 
-def _average(raw: Mapping[str, Any]) -> ColumnView:
+def _seeds(raw: Mapping[str, Any] | None, divisor: float = 1.0) -> SeedsView | None:
+    if raw is None:
+        return None
+    return SeedsView(
+        count=raw["count"],
+        differences=[difference / divisor for difference in raw["differences"]],
+        std=raw["std"] / divisor,
+        low=raw["low"] / divisor,
+        high=raw["high"] / divisor,
+    )
+
+
+def _average(raw: Mapping[str, Any], name: str) -> ColumnView:
     names = raw.get("columns") or []
     return ColumnView(
-        task="average",
+        task=name,
         metric=f"mean of {len(names)}",
         n=None,
         clusters=None,
@@ -190,6 +305,7 @@ def _average(raw: Mapping[str, Any]) -> ColumnView:
         p_holm=raw.get("p_value"),
         verdict=_verdict(raw),
         note=one_line(raw.get("note") or ""),
+        seeds=_seeds(raw.get("seeds")),
     )
 
 
@@ -208,26 +324,26 @@ def _divide(value: float | None, divisor: float) -> float | None:
 
 def _name(side: Mapping[str, Any]) -> str:
     model = side.get("model") or {}
+    if side.get("label"):
+        return one_line(side["label"])
     return one_line(model.get("name") or model.get("path") or side["path"])
 
 
 def _remarks(comparison: Mapping[str, Any]) -> list[str]:
     remarks = [one_line(text) for text in comparison.get("warnings") or []]
-    limit = comparison["settings"].get("limit")
-    if limit is not None:
-        remarks.append(f"Only the first {limit} questions of each task were asked.")
     for side, tasks in (comparison.get("only_in") or {}).items():
         if tasks:
             remarks.append(f"Only the {side} has: {one_line(', '.join(tasks))}.")
     for column in comparison["columns"].values():
-        if column.get("reason"):
-            remarks.append(
-                f"{one_line(column['task'])} is not paired: {one_line(column['reason'])}"
-            )
-        if dropped := column.get("dropped"):
-            left_out = plural(len(dropped), "question")
-            remarks.append(f"{one_line(column['task'])}: {left_out} left out, no answer was made.")
+        name = one_line(column.get("column") or column["task"])
+        if column.get("missing"):
+            remarks.append(f"{name} is missing: {one_line(column['missing'])}")
+        elif column.get("reason"):
+            remarks.append(f"{name} is not paired: {one_line(column['reason'])}")
     excluded = (comparison.get("average") or {}).get("excluded") or {}
     for task, reason in excluded.items():
-        remarks.append(f"{one_line(task)} is not in the average: {one_line(reason)}")
+        column = comparison["columns"].get(task) or {}
+        if not column.get("reason"):
+            name = one_line(column.get("column") or task)
+            remarks.append(f"{name} is not in the average: {one_line(reason)}")
     return remarks

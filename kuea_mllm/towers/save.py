@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPTextConfig
+from transformers import CLIPConfig
 
 from kuea_mllm.errors import OutputError, TowerError
 from kuea_mllm.io import (
@@ -27,7 +27,7 @@ from kuea_mllm.io import (
 from kuea_mllm.towers import convert, keys
 from kuea_mllm.towers.card import render_card
 from kuea_mllm.towers.spec import TowerSpec
-from kuea_mllm.towers.text_half import TextHalf, require_same_embedding
+from kuea_mllm.towers.text_half import TextHalf, require_same_embedding, text_config
 from kuea_mllm.towers.tower import Tower
 
 SCHEMA_VERSION = 1
@@ -232,21 +232,8 @@ def _full_config(tower: Tower, vision: dict[str, Any], text: TextHalf) -> dict[s
             "Leave out --text-from.",
         )
     require_same_embedding(tower, text.embedding_width, text.source)
-    settings = CLIPTextConfig(
-        hidden_size=text.width,
-        intermediate_size=text.mlp_width,
-        num_hidden_layers=text.layers,
-        num_attention_heads=text.heads,
-        max_position_embeddings=text.context_length,
-        vocab_size=text.vocabulary,
-        projection_dim=text.embedding_width,
-        hidden_act=text.activation,
-        layer_norm_eps=text.layer_norm_eps,
-        # 2 makes transformers take the token with the largest id as the end, as OpenAI does.
-        eos_token_id=2 if text.eos_id is None else text.eos_id,
-    )
     config: dict[str, Any] = CLIPConfig(
-        text_config=settings.to_dict(),
+        text_config=text_config(text).to_dict(),
         vision_config={k: v for k, v in vision.items() if k not in ("architectures", "dtype")},
         projection_dim=text.embedding_width,
     ).to_diff_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from kuea_mllm.io import read_json
 from kuea_mllm.towers import checkpoints, convert, keys
 from kuea_mllm.towers.open_clip_repository import read_open_clip_state
 from kuea_mllm.towers.tower import Tower
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig
 
 OPENAI_ACTIVATION = "quick_gelu"
 _OPENAI_HEAD_WIDTH = 64
@@ -118,6 +121,27 @@ def read_text_half(base: str | Path, *, activation: str | None = None) -> TextHa
     # Strict: names every key that is missing or too many.
     convert.openai_text_to_hf(half.state, str(path))
     return half
+
+
+def text_config(text: TextHalf) -> CLIPTextConfig:
+    """Return transformers' configuration of a text half."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        hidden_size=text.width,
+        intermediate_size=text.mlp_width,
+        num_hidden_layers=text.layers,
+        num_attention_heads=text.heads,
+        max_position_embeddings=text.context_length,
+        vocab_size=text.vocabulary,
+        projection_dim=text.embedding_width,
+        hidden_act=text.activation,
+        layer_norm_eps=text.layer_norm_eps,
+        # Where OpenAI's vocabulary has it; nothing reads it, but it has to be one of the tokens.
+        bos_token_id=text.vocabulary - 2,
+        # 2 makes transformers take the token with the largest id as the end, as OpenAI does.
+        eos_token_id=2 if text.eos_id is None else text.eos_id,
+    )
 
 
 def tokenizer_files(directory: Path) -> tuple[Path, ...]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -170,6 +170,15 @@ def fails_together() -> Iterator[None]:
     if error is not None and first[0] == rank():
         raise error
     raise FailedElsewhere(*first) from error
+
+
+def of_process_zero(do: Callable[[], T]) -> T:
+    """Return what process zero found, in every process; or raise its error in all of them."""
+    found: T | None = None
+    with fails_together():
+        if rank() == 0:
+            found = do()
+    return cast(T, broadcast_object(found))
 
 
 def _is_joined() -> bool:

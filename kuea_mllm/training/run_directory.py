@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from kuea_mllm.config.base import Recipe
 from kuea_mllm.config.recipes import load_recipe, recipe_to_yaml
@@ -25,21 +23,12 @@ from kuea_mllm.io import (
     write_text,
 )
 from kuea_mllm.training.checkpoints import CheckpointStore, latest_checkpoint, read_state
-from kuea_mllm.training.distributed import (
-    broadcast_object,
-    fails_together,
-    rank,
-    world_size,
-)
+from kuea_mllm.training.distributed import of_process_zero, rank, world_size
+from kuea_mllm.training.lock import LOCK, locked
 
-RECIPE, INPUTS, CHECKPOINTS, LOCK = "run.yaml", "inputs.json", "checkpoints", ".lock"
+RECIPE, INPUTS, CHECKPOINTS = "run.yaml", "inputs.json", "checkpoints"
 
 DROP = "Set it back, or drop the unfinished run with --restart."
-
-# Descriptors of the locks that this process holds.
-_HELD: set[int] = set()
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,7 +92,7 @@ def require_startable(out: Path, *, kind: str, resume: bool, restart: bool) -> N
     Raises:
         OutputError: If the output exists, or if the options do not fit what lies there.
     """
-    _of_process_zero(lambda: _require_startable(out, kind, resume=resume, restart=restart))
+    of_process_zero(lambda: _require_startable(out, kind, resume=resume, restart=restart))
 
 
 def _require_startable(out: Path, kind: str, *, resume: bool, restart: bool) -> None:
@@ -117,7 +106,7 @@ def _require_startable(out: Path, kind: str, *, resume: bool, restart: bool) -> 
             "It will not be touched: choose another --out, or move it away.",
         )
     if path.exists() and not (resume or restart):
-        with _locked(path):
+        with locked(path):
             raise _lies_there(path)
     if resume and not path.exists():
         raise OutputError(
@@ -147,13 +136,13 @@ def open_run(
         def claim() -> tuple[Path | None, dict[str, Any], list[str]]:
             nonlocal created
             created = create_directory(path, wanted_for=out)
-            lock.enter_context(_locked(path))
+            lock.enter_context(locked(path))
             if _entries(path) and not (resume or restart):
                 raise _lies_there(path)
             lock.callback(_clean_up, path, created)
             return _prepare(path, store, identity, resume=resume)
 
-        checkpoint, state, notes = _of_process_zero(claim)
+        checkpoint, state, notes = of_process_zero(claim)
         try:
             yield RunDirectory(path, out, store, checkpoint, state, notes)
         finally:
@@ -273,40 +262,6 @@ def _progress(path: Path) -> str:
     return f"saved at step {state['global_step']} of {state['max_steps']}"
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the run's lock, which the kernel releases however a process ends."""
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 20).decode(errors="replace").strip()
-            raise OutputError(
-                f"another process is working on {path} (process {owner or 'unknown'}).",
-                "Wait for it, or choose another --out.",
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        _leave_to_parent(descriptor)
-        yield
-    finally:
-        _HELD.discard(descriptor)
-        os.close(descriptor)
-
-
-def _leave_to_parent(descriptor: int) -> None:
-    """Keep children out of a lock: a decoder outlives its killed parent by some seconds."""
-    if not _HELD:
-        os.register_at_fork(after_in_child=_close_held)
-    _HELD.add(descriptor)
-
-
-def _close_held() -> None:
-    while _HELD:
-        os.close(_HELD.pop())
-
-
 def _entries(path: Path) -> list[Path]:
     return [entry for entry in path.iterdir() if entry.name != LOCK]
 
@@ -317,12 +272,3 @@ def _empty(path: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _of_process_zero(do: Callable[[], T]) -> T:
-    """Return what process zero found, in every process; or raise its error in all of them."""
-    found: T | None = None
-    with fails_together():
-        if rank() == 0:
-            found = do()
-    return cast(T, broadcast_object(found))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-NAME = "openflamingo3b_fewshot"
+NAME = "flamingo_paper"
 
 
 @pytest.fixture

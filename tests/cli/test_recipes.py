@@ -67,7 +67,7 @@ def test_invalid_file_is_refused_with_the_key(kuea, tmp_path, text, expected):
 
 
 def test_recipe_of_another_kind_is_refused(kuea, align_arguments):
-    answer = kuea(*align_arguments, "--recipe=eval/llava_quick")
+    answer = kuea(*align_arguments, "--recipe=eval/quick")
     assert answer.code == 2
 
 

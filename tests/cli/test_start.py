@@ -45,7 +45,7 @@ def test_version(kuea):
     "verb",
     [
         *("quickstart", "doctor", "plan", "calibrate", "pack", "align", "sweep", "swap", "eval"),
-        *("verify", "compare", "convert", "push", "recipes", "cache", "world"),
+        *("verify", "judge", "compare", "convert", "push", "recipes", "cache", "world"),
     ],
 )
 def test_every_verb_has_help(kuea, verb):

@@ -64,8 +64,12 @@ def test_results_directory_is_complete(world: Path) -> None:
     assert pope["score"] == pytest.approx(sum(row.score or 0.0 for row in rows) / QUESTIONS)
     assert {row.target for row in rows} == {"yes", "no"}
     assert rows[0].question.endswith("single word or phrase.")
-    pictures = sorted((results.path / "thumbnails" / "miniworld_pope").iterdir())
-    assert [picture.name for picture in pictures] == ["0.png", "1.png", "2.png"]
+    index = (results.path / "thumbnails" / "miniworld_pope.jsonl").read_text().splitlines()
+    pictures = {entry["doc_id"]: entry["picture"] for entry in map(json.loads, index)}
+    assert sorted(pictures) == [0, 1, 2]
+    assert {path.name for path in (results.path / "thumbnails" / "pictures").iterdir()} >= set(
+        pictures.values()
+    )
     written = [path.name for path in (results.path / "lmms").rglob("*") if path.is_file()]
     assert len(written) == 1 + len(TASKS)
     assert (results.path / "run.yaml").read_text() == "kind: eval\n"
@@ -203,7 +207,7 @@ def run_everything(folder: Path) -> dict[str, str]:
     errors = collect_mistakes(folder, model, options)
     write_json(model / "kuea.json", {"tower": {"fingerprints": {"float32": "ffff"}}})
     errors["changed"] = message_of(
-        lambda: runner.evaluate(model, [str(tasks)], folder / "never", **options)
+        lambda: runner.evaluate(model, [str(tasks)], folder / "other", **options)
     )
     (model / "kuea.json").unlink()
     pope = str(tasks / "miniworld_pope.yaml")
@@ -235,7 +239,8 @@ def collect_mistakes(folder: Path, model: Path, options: dict[str, Any]) -> dict
     )
 
     def score(tasks: str, out: str = "never") -> Callable[[], Any]:
-        return lambda: runner.evaluate(model, [tasks], folder / out, **options)
+        # What fails while it is scored keeps its answers.
+        return lambda: runner.evaluate(model, [tasks], folder / out, restart=True, **options)
 
     pope = (folder / "tasks" / "miniworld_pope.yaml").read_text()
     changes = {

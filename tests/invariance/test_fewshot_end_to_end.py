@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kuea_mllm.config.evaluate import FLAMINGO_COLUMNS, SuiteSettings
 from kuea_mllm.errors import KueaError
 from kuea_mllm.evaluation.results import Results, load_results
 from kuea_mllm.io import read_json, write_json
@@ -281,6 +282,15 @@ def cut_by_hand(answer: str, name: str) -> str:
     if name == "okvqa":
         answer = " ".join(word.removesuffix("s") for word in answer.split())
     return answer
+
+
+def test_suite_names_protocol_and_columns(world: Path) -> None:
+    results = load_results(world / "seven")
+    settings = results.summary["settings"]
+    assert (settings["suite"], settings["protocol"]) == ("flamingo-paper", "open-flamingo")
+    found = {name: (entry["column"], entry["protocol"]) for name, entry in results.columns.items()}
+    assert found["vqav2_4shot_seed42"] == ("VQAv2, 4 shots", "open-flamingo")
+    assert found["hatefulmemes_0shot_seed42"] == ("HatefulMemes, 0 shots", "open-flamingo")
 
 
 def test_special_tokens_in_a_data_set_are_words(world: Path) -> None:
@@ -554,7 +564,9 @@ def score_seven(folder: Path, score: Any) -> None:
         file.write_text(json.dumps(content))
         truth[name] = [[each["raw"] for each in image["sentences"]] for image in told]
     write_json(folder / "truth.json", truth)
-    score("seven", datasets=SEVEN, shots=[0, 4], others={"data": data})
+    columns = [column for column, name in FLAMINGO_COLUMNS.items() if name in SEVEN]
+    suite = SuiteSettings(name="flamingo-paper", columns=columns)
+    score("seven", datasets=SEVEN, shots=[0, 4], others={"data": data, "suite": suite})
     for part in ("train", "val"):
         file = Path(data["vqav2"], f"v2_OpenEnded_mscoco_{part}2014_questions.json")
         file.write_text(file.read_text().replace("?", "? <image> in <|endofchunk|>"))

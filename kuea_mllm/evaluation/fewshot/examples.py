@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,6 @@ class Example:
     entries: tuple[int, ...] = ()
     captions: tuple[str, ...] = ()
     label: int | None = None
-
-
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def example_row(example: Example) -> dict[str, Any]:

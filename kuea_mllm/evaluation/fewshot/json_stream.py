@@ -65,7 +65,7 @@ class _Reader:
             name = self._value()
             self._skip(":")
             if name != key:
-                self._value()
+                self._leave_out()
             elif self._next() == "[":
                 is_found = True
                 yield from self._list()
@@ -78,6 +78,14 @@ class _Reader:
             raise json.JSONDecodeError("Extra data", self.text, self.place)
         if not is_found:
             raise KeyError(key)
+
+    def _leave_out(self) -> None:
+        # A list that is not asked for may be as long as the file.
+        if self._next() != "[":
+            self._value()
+            return
+        for _ in self._list():
+            pass
 
     def _list(self) -> Iterator[Any]:
         self._skip("[")

@@ -69,7 +69,7 @@ def process_hateful(doc: Document, results: Sequence[str]) -> dict[str, Any]:
     likelihoods = dict.fromkeys(CLASS_NAMES, 0.0) if answer is None else json.loads(answer)
     item = {
         "image_id": doc["image_id"],
-        "probability": label_probability(likelihoods, CLASS_NAMES[1]),
+        "score": label_probability(likelihoods, CLASS_NAMES[1]),
         "label": int(doc["label"]),
     }
     return {"roc_auc": item}
@@ -98,7 +98,7 @@ def cider(items: Sequence[dict[str, Any]]) -> float:
 def roc_auc_percent(items: Sequence[Mapping[str, Any]]) -> float:
     """Return the ROC-AUC of the probabilities times 100."""
     return 100.0 * roc_auc(
-        [float(item["probability"]) for item in items], [int(item["label"]) for item in items]
+        [float(item["score"]) for item in items], [int(item["label"]) for item in items]
     )
 
 

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from kuea_mllm.adapters.fewshot_text import TEXT_ONLY_SHOTS
-from kuea_mllm.config.evaluate import FewShotSettings
+from kuea_mllm.config.evaluate import (
+    FLAMINGO_COLUMNS,
+    FLAMINGO_PROTOCOLS,
+    FLAMINGO_SUITE,
+    FewShotSettings,
+)
 from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.fewshot.captions import require_java
 from kuea_mllm.evaluation.fewshot.datasets import CLASS_NAMES, DATASETS, FewShotData
-from kuea_mllm.evaluation.fewshot.examples import Example, example_row, write_lines
+from kuea_mllm.evaluation.fewshot.examples import Example, example_row
 from kuea_mllm.evaluation.fewshot.plan import Plan, write_plan
 from kuea_mllm.evaluation.fewshot.prompts import holds_special
 from kuea_mllm.evaluation.fewshot.sampling import (
@@ -30,42 +34,44 @@ from kuea_mllm.evaluation.fewshot.sampling import (
 )
 from kuea_mllm.evaluation.fewshot.schemas import read_stem_pairs, require_images
 from kuea_mllm.evaluation.fewshot.stemming import load_language, stem_table
+from kuea_mllm.evaluation.suites.subset import draw_positions
+from kuea_mllm.evaluation.task_yaml import (
+    Function,
+    WrittenTask,
+    metadata,
+    rows_of,
+    write_lines,
+    write_yaml,
+)
 from kuea_mllm.io import write_json
 from kuea_mllm.log import LOGGER
 
 if TYPE_CHECKING:
     from kuea_mllm.evaluation.fewshot.retrieval import Retriever
 
-VERSION = 1.0
 _SCORING = "kuea_mllm.evaluation.fewshot.scoring"
 _METRICS = {
     "caption": ("process_caption", "cider", "cider"),
     "vqa": ("process_vqa", "vqa_accuracy", "mean_percent"),
     "hateful": ("process_hateful", "roc_auc", "roc_auc_percent"),
 }
+_COLUMNS: dict[str, str] = {name: column for column, name in FLAMINGO_COLUMNS.items()}
+_PROTOCOLS = {compat: protocol for protocol, compat in FLAMINGO_PROTOCOLS.items()}
 
 
 @dataclass(frozen=True)
-class FewShotTask:
-    """One task that was written.
+class FewShotTask(WrittenTask):
+    """One task that was written; its content are questions and demonstrations.
 
     Attributes:
-        name: Name in lmms-eval and in the results.
-        dataset: Data set.
         shots: Shots as they are called.
         seed: Seed of the trial.
-        path: Its YAML file.
         generation: How it is decoded.
-        content: Hash of its questions and demonstrations.
     """
 
-    name: str
-    dataset: str
     shots: int
     seed: int
-    path: Path
     generation: Mapping[str, Any]
-    content: str
 
 
 def write_fewshot_tasks(
@@ -74,6 +80,7 @@ def write_fewshot_tasks(
     data: Mapping[str, str],
     *,
     limit: int | None = None,
+    limit_seed: int | None = None,
     device: str = "auto",
 ) -> list[FewShotTask]:
     """Write the tasks of a run into an empty folder, with all that they need but the images.
@@ -86,6 +93,7 @@ def write_fewshot_tasks(
         data: Folder of each data set.
         limit: Documents per task that the run will use; others are left out, and their images need
             not be there.
+        limit_seed: Draw those documents at random; None takes the first ones.
         device: Where images are embedded for the retrieval of demonstrations.
 
     Raises:
@@ -96,7 +104,8 @@ def write_fewshot_tasks(
     tasks: list[FewShotTask] = []
     for name in settings.datasets:
         kind, source = DATASETS[name], Path(data[name])
-        tasks += _Writer(folder.resolve(), kind, settings, source, limit, retriever).write()
+        documents = (limit, limit_seed)
+        tasks += _Writer(folder.resolve(), kind, settings, source, documents, retriever).write()
     return tasks
 
 
@@ -110,8 +119,8 @@ def require_inputs(settings: FewShotSettings, data: Mapping[str, str]) -> None:
         if name not in data:
             raise EvaluationError(
                 f"data set {name} has no folder.",
-                f"Pass --set data.{name}=DIR, or choose others: "
-                "--set 'fewshot.datasets=[coco, vqav2]'.",
+                f"Pass --set data.{name}=DIR, or --data with the folder that holds all of them, or "
+                "choose others: --set 'fewshot.datasets=[coco, vqav2]'.",
             )
         if not Path(data[name]).is_dir():
             raise EvaluationError(
@@ -142,13 +151,13 @@ class _Writer:
         data: FewShotData,
         settings: FewShotSettings,
         source: Path,
-        limit: int | None,
+        documents: tuple[int | None, int | None],
         retriever: Retriever | None,
     ) -> None:
         self.folder = folder
         self.data = data
         self.settings = settings
-        self.limit = limit
+        self.limit, self.limit_seed = documents
         self.retriever = retriever
         # Relative paths would change their meaning with the folder lmms-eval runs in.
         self.source = source.resolve()
@@ -224,11 +233,16 @@ class _Writer:
             "num_samples": self.settings.num_samples,
             "query_set": self.settings.query_set,
         }
-        if not self.released:
+        if not self.released and self.limit_seed is None:
             return draw_uniform(test, train, shots, seed, **options, limit=self.limit)
         # The published numbers of a document depend on all documents.
-        draw = in_document_order(draw_released(test, train, shots, seed, **options))
-        return Draw(draw.documents[: self.limit], draw.demonstrations[: self.limit], draw.query_set)
+        draw = (
+            in_document_order(draw_released(test, train, shots, seed, **options))
+            if self.released
+            else draw_uniform(test, train, shots, seed, **options)
+        )
+        kept = draw_positions(range(len(draw.documents)), self.limit, self.limit_seed)
+        return Draw(draw.documents[kept], draw.demonstrations[kept], draw.query_set)
 
     def _say_special(self, examples: Sequence[Example], *, is_solved: bool) -> None:
         style = self.data.style
@@ -276,9 +290,19 @@ class _Writer:
         path = self.folder / f"{name}.yaml"
         generation = self._generation()
         content = self._task_file(name, documents, self.folder / f"{name}.json", generation)
-        path.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
+        write_yaml(path, content | {"metadata": self._metadata(shots, seed)})
         content_hash = _hash(draw, train, test, stems)
-        return FewShotTask(name, self.data.name, shots, seed, path, generation, content_hash)
+        return FewShotTask(name, self.data.name, path, content_hash, shots, seed, generation)
+
+    def _metadata(self, shots: int, seed: int) -> dict[str, Any]:
+        trial = f", seed {seed}" if self.settings.trials > 1 else ""
+        return metadata(
+            FLAMINGO_SUITE,
+            _PROTOCOLS[self.settings.compat],
+            f"{_COLUMNS[self.data.name]}, {shots} shots{trial}",
+            statistic="roc_auc" if self.data.style == "hateful" else "mean",
+            part=f"{shots} shots",
+        )
 
     def _write_documents(
         self, seed: int, draw: Draw, test: Sequence[Example], stems: str | None
@@ -331,14 +355,7 @@ class _Writer:
             process += "_released"
         return {
             "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {
-                "data_files": {"test": documents.name},
-                # Beside the task, so that a run leaves no copy in the user's cache.
-                "cache_dir": str(self.folder / "cache"),
-            },
-            "test_split": "test",
-            "output_type": "generate_until",
+            **rows_of(documents),
             "doc_to_visual": _function("doc_to_visual"),
             "doc_to_text": _function("doc_to_text"),
             "doc_to_target": "target",
@@ -353,7 +370,6 @@ class _Writer:
                     "higher_is_better": True,
                 }
             ],
-            "metadata": {"version": VERSION},
         }
 
 
@@ -378,18 +394,5 @@ def _target(example: Example) -> str:
     return Counter(example.answers).most_common(1)[0][0]
 
 
-class _Function(str):
-    """A name that the task file writes as `!function name`."""
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-_Dumper.add_representer(
-    _Function, lambda dumper, name: dumper.represent_scalar("!function", str(name))
-)
-
-
-def _function(name: str) -> _Function:
-    return _Function(f"{_SCORING}.{name}")
+def _function(name: str) -> Function:
+    return Function(f"{_SCORING}.{name}")

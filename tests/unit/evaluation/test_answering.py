@@ -10,14 +10,14 @@ from PIL import Image, ImageFile
 
 from kuea_mllm.errors import EnvironmentFailure
 from kuea_mllm.evaluation import generation
-from kuea_mllm.evaluation.generation import (
+from kuea_mllm.evaluation.generation import Answerer
+from kuea_mllm.evaluation.preparing import strict_image_files
+from kuea_mllm.evaluation.questions import (
     DEFAULT_NEW_TOKENS,
-    Answerer,
     GenerationSettings,
     PendingQuestion,
     cut_at_stop,
     read_generation_kwargs,
-    strict_image_files,
 )
 from kuea_mllm.evaluation.session import (
     FAILED_ANSWER,

@@ -1,78 +1,17 @@
+"""What a comparison finds, and what it makes of each statistic."""
+
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from compare_data import edit_summary, make_row, scores_of, write_results, write_rows_of
 
-from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.columns import fingerprint_rows
 from kuea_mllm.evaluation.compare import compare_results
 from kuea_mllm.evaluation.results import SampleRow, load_results, write_rows
-from kuea_mllm.evaluation.session import FAILED_ANSWER
-from kuea_mllm.io import write_json
-
-
-def write_results(
-    path: Path,
-    scores: dict[str, list[float]],
-    *,
-    failed: tuple[int, ...] = (),
-    per_image: int = 1,
-    column: dict[str, Any] | None = None,
-    settings: dict[str, Any] | None = None,
-    tower: str = "aaa",
-) -> Path:
-    columns = {}
-    for task, values in scores.items():
-        rows = [
-            SampleRow(
-                doc_id=index,
-                cluster=str(index // per_image),
-                question=f"question {index}",
-                target="yes",
-                answer=FAILED_ANSWER if index in failed else f"answer {score}",
-                score=score,
-                failed=index in failed,
-            )
-            for index, score in enumerate(values)
-        ]
-        write_rows(path / "samples" / f"{task}.jsonl", rows)
-        columns[task] = {
-            "task": task,
-            "version": 1.0,
-            "metric": "accuracy",
-            "filter": "none",
-            "score": float(np.mean(values)),
-            "scale": 1,
-            "stderr": None,
-            "higher_is_better": True,
-            "n": len(rows),
-            "failed": len(failed),
-            "clusters": len({row.cluster for row in rows}),
-            "paired": True,
-            "reason": None,
-            "samples": f"samples/{task}.jsonl",
-            "dataset_fingerprint": fingerprint_rows(rows),
-            **(column or {}),
-        }
-    summary = {
-        "schema_version": 1,
-        "kind": "results",
-        "model": {"path": "m", "name": "m", "adapter": "llava", "tower_fingerprint": tower},
-        "columns": columns,
-        "settings": {"limit": None, "dtype": "float32", "seed": 0, **(settings or {})},
-        "versions": {"torch": "2", "transformers": "5"},
-        "created": "2026-01-01T00:00:00+00:00",
-    }
-    write_json(path / "summary.json", summary)
-    return path
-
-
-def scores_of(count: int, right: int) -> list[float]:
-    return [1.0] * right + [0.0] * (count - right)
 
 
 def test_clear_gain_is_found_with_both_flips(tmp_path: Path) -> None:
@@ -176,47 +115,6 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
     assert content["columns"]["x"]["improved"] == {"count": 1, "doc_ids": [1]}
 
 
-@pytest.mark.parametrize(
-    ("column", "message"),
-    [
-        ({"version": 2.0}, "pope: the two runs have different task versions: 1.0 and 2.0"),
-        ({"metric": "f1"}, "different metrics: 'accuracy' and 'f1'"),
-        ({"filter": "strict"}, "different answer filters"),
-        ({"dataset_fingerprint": "0" * 64}, "different sample sets"),
-        ({"higher_is_better": False}, "different directions"),
-    ],
-)
-def test_different_tests_are_refused(tmp_path: Path, column: dict[str, Any], message: str) -> None:
-    before = write_results(tmp_path / "a", {"pope": scores_of(10, 5)})
-    after = write_results(tmp_path / "b", {"pope": scores_of(10, 5)}, column=column)
-    with pytest.raises(EvaluationError, match=message):
-        compare_results(before, after)
-
-
-def test_different_limits_and_sizes_are_refused(tmp_path: Path) -> None:
-    before = write_results(tmp_path / "a", {"pope": scores_of(10, 5)})
-    limited = write_results(tmp_path / "b", {"pope": scores_of(8, 5)}, settings={"limit": 8})
-    with pytest.raises(EvaluationError, match=r"different limits: None in .*, 8 in"):
-        compare_results(before, limited)
-    smaller = write_results(tmp_path / "c", {"pope": scores_of(8, 5)})
-    with pytest.raises(EvaluationError, match="different numbers of samples: 10 and 8"):
-        compare_results(before, smaller)
-
-
-def test_lonely_columns_are_refused_unless_asked_for(tmp_path: Path) -> None:
-    before = write_results(tmp_path / "a", {"x": scores_of(10, 5), "old": scores_of(10, 5)})
-    after = write_results(tmp_path / "b", {"x": scores_of(10, 5), "new": scores_of(10, 5)})
-    with pytest.raises(EvaluationError, match=r"old only in .*/a; new only in .*/b"):
-        compare_results(before, after)
-    comparison = compare_results(before, after, resamples=500, common_only=True)
-    assert list(comparison.columns) == ["x"]
-    assert comparison.only_in_baseline == ("old",)
-    assert comparison.only_in_candidate == ("new",)
-    other = write_results(tmp_path / "c", {"z": scores_of(10, 5)})
-    with pytest.raises(EvaluationError, match="no column in common"):
-        compare_results(before, other, common_only=True)
-
-
 def test_columns_do_not_influence_each_other(tmp_path: Path) -> None:
     soft = [0.3 * (index % 3) for index in range(60)]
     other = [0.3 * (index % 4) for index in range(60)]
@@ -228,35 +126,196 @@ def test_columns_do_not_influence_each_other(tmp_path: Path) -> None:
     assert (full.low, full.high, full.p_value) == (single.low, single.high, single.p_value)
 
 
-def test_damaged_directories_are_named(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="does not exist"):
-        load_results(tmp_path / "none")
-    with pytest.raises(EvaluationError, match=r"summary.json is missing"):
-        load_results(tmp_path)
-    path = write_results(tmp_path / "a", {"pope": scores_of(4, 2)})
-    samples = path / "samples" / "pope.jsonl"
-    whole = samples.read_text()
-    samples.write_text("".join(whole.splitlines(keepends=True)[:3]))
-    with pytest.raises(EvaluationError, match="holds 3 samples, the summary says 4"):
-        load_results(path).rows("pope")
-    samples.write_text(whole[:-20])
-    with pytest.raises(EvaluationError, match="line 4 is not a sample row"):
-        load_results(path).rows("pope")
-    write_json(path / "summary.json", {"kind": "results", "schema_version": 9})
-    with pytest.raises(EvaluationError, match="schema version 9"):
-        load_results(path)
-    write_json(path / "summary.json", {"kind": "comparison"})
-    with pytest.raises(EvaluationError, match="not a summary of results"):
-        load_results(path)
-
-
-def test_other_versions_and_few_shot_protocols_are_said(tmp_path: Path) -> None:
-    paths = [write_results(tmp_path / name, {"pope": scores_of(20, 10)}) for name in "ab"]
-    for path, version, penalty in zip(paths, ("0.7.3", "0.8.0"), (0.0, -2.0), strict=True):
+def test_missing_judgements_are_missing_and_in_no_average(tmp_path: Path) -> None:
+    paths = []
+    for name, right in (("a", 50), ("b", 60)):
+        path = write_results(tmp_path / name, {t: scores_of(100, right) for t in ("x", "y", "w")})
         summary = json.loads((path / "summary.json").read_text())
-        summary["versions"]["lmms_eval"] = version
-        summary["fewshot"] = {"compat": "paper", "length_penalty": penalty}
+        missing = {"score": None, "paired": False, "reason": "no judge", "missing": "no judge"}
+        summary["columns"]["w"] |= {"judged": True, **missing}
         (path / "summary.json").write_text(json.dumps(summary))
-    warnings = " ".join(compare_results(*paths, resamples=100).warnings)
-    assert "lmms_eval 0.7.3 and 0.8.0" in warnings
-    assert "length_penalty (0.0 and -2.0)" in warnings
+        rows = [replace(row, score=None) for row in load_results(path).rows("w")]
+        write_rows(path / "samples" / "w.jsonl", rows)
+        paths.append(path)
+    content = compare_results(*paths, resamples=500).to_json()
+    column = content["columns"]["w"]
+    assert (column["missing"], column["baseline"], column["difference"]) == ("no judge", None, None)
+    assert content["average"]["columns"] == ["x", "y"]
+    assert content["average"]["difference"] == pytest.approx(0.1)
+    assert content["average"]["excluded"] == {"w": "no judge"}
+    # It would be the same number again.
+    assert content["average_unjudged"] is None
+
+
+def test_average_is_given_with_and_without_judged_columns(tmp_path: Path) -> None:
+    paths = []
+    for name, right in (("a", 50), ("b", 60)):
+        scores = {"x": scores_of(100, right), "y": scores_of(100, right), "w": scores_of(100, 50)}
+        path = write_results(tmp_path / name, scores)
+        summary = json.loads((path / "summary.json").read_text())
+        summary["columns"]["w"]["judged"] = True
+        (path / "summary.json").write_text(json.dumps(summary))
+        paths.append(path)
+    comparison = compare_results(*paths, resamples=500)
+    assert comparison.average is not None
+    assert comparison.average.difference == pytest.approx(0.2 / 3)
+    assert comparison.average_unjudged is not None
+    assert comparison.average_unjudged.columns == ("x", "y")
+    assert comparison.average_unjudged.excluded == {"w": "scored by a judge"}
+    alone = write_results(tmp_path / "c", {"x": scores_of(100, 50), "y": scores_of(100, 50)})
+    assert compare_results(alone, alone, resamples=100).average_unjudged is None
+
+
+def test_parts_of_the_columns_have_an_average_of_their_own(tmp_path: Path) -> None:
+    paths = []
+    for name, gain in (("a", 0), ("b", 10)):
+        scores = {t: scores_of(100, 50 + gain * int(t[-1])) for t in ("x0", "y0", "x4", "y4", "z1")}
+        path = write_results(tmp_path / name, scores)
+        columns = json.loads((path / "summary.json").read_text())["columns"]
+        for task in columns:
+            columns[task]["part"] = f"{task[-1]} shots"
+        paths.append(edit_summary(path, columns=columns))
+    content = compare_results(*paths, resamples=500).to_json()
+    # One column is no average.
+    assert list(content["averages"]) == ["0 shots", "4 shots"]
+    assert content["averages"]["4 shots"]["difference"] == pytest.approx(0.4)
+    assert content["averages"]["4 shots"]["columns"] == ["x4", "y4"]
+
+
+def test_pairs_of_images_are_one_answer_each(tmp_path: Path) -> None:
+    def rows(right: int, failed: int | None = None) -> list[SampleRow]:
+        found = [make_row(i, float(i // 2 < right or i % 2), str(i // 2)) for i in range(60)]
+        return [replace(row, failed=row.doc_id == failed) for row in found]
+
+    before = write_rows_of(tmp_path / "a", rows(10), "all_right_in_cluster")
+    after = write_rows_of(tmp_path / "b", rows(18, failed=5), "all_right_in_cluster")
+    column = compare_results(before, after, resamples=500).columns["t"]
+    # Pair 2 is left out as a whole, because one of its questions has no answer.
+    assert (column.baseline, column.candidate) == (pytest.approx(9 / 29), pytest.approx(17 / 29))
+    assert (column.test, column.p_value) == ("mcnemar", pytest.approx(2 * 0.5**8))
+    assert (column.n, column.clusters, column.dropped) == (58, 29, (4, 5))
+    assert column.improved.count == 8
+
+
+def test_ratios_to_the_reference_are_compared_with_each_runs_own_references(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def rows(gain: float) -> list[SampleRow]:
+        scores = np.clip(np.round(rng.normal(5 + gain, 1, 60)), 1, 10)
+        return [
+            make_row(
+                i, float(score), str(i), reference=float(rng.integers(7, 10)), group="abc"[i % 3]
+            )
+            for i, score in enumerate(scores)
+        ]
+
+    sides = [rows(0.0), rows(1.5)]
+    paths = [
+        write_rows_of(tmp_path / name, side, "mean_of_group_ratios", 100)
+        for name, side in zip("ab", sides, strict=True)
+    ]
+    column = compare_results(*paths, resamples=1000).columns["t"]
+    expected = []
+    for side in sides:
+        groups = [[row for row in side if row.group == group] for group in "abc"]
+        ratios = [sum(r.score or 0 for r in g) / sum(r.reference or 0 for r in g) for g in groups]
+        expected.append(100 * sum(ratios) / 3)
+    assert [column.baseline, column.candidate] == [pytest.approx(value) for value in expected]
+    assert column.difference == pytest.approx(expected[1] - expected[0])
+    assert column.verdict == "better"
+
+
+def test_areas_are_compared_and_flip_at_one_half(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 2, 120)
+
+    def rows(gap: float) -> list[SampleRow]:
+        chances = 1 / (1 + np.exp(-(gap * (2 * labels - 1) + rng.normal(size=120))))
+        return [
+            make_row(i, float(chance), str(i), label=int(label))
+            for i, (chance, label) in enumerate(zip(chances, labels, strict=True))
+        ]
+
+    sides = [rows(0.2), rows(2.0)]
+    paths = [
+        write_rows_of(tmp_path / name, side, "roc_auc", 100)
+        for name, side in zip("ab", sides, strict=True)
+    ]
+    column = compare_results(*paths, resamples=500).columns["t"]
+    assert column.difference is not None
+    assert column.difference > 15
+    assert column.verdict == "better"
+    right = [
+        {row.doc_id for row in side if ((row.score or 0) > 0.5) == row.label} for side in sides
+    ]
+    assert set(column.improved.doc_ids) == right[1] - right[0]
+    assert set(column.worsened.doc_ids) == right[0] - right[1]
+
+
+def test_optional_parts_of_a_row_are_kept_and_left_out_where_there_are_none(tmp_path: Path) -> None:
+    full = make_row(
+        0,
+        1.0,
+        "c",
+        group="g",
+        reference=8.0,
+        label=1,
+        answer_box=(0.0, 0.1, 0.5, 1.0),
+        target_box=(0.0, 0.1, 0.4, 1.0),
+        image="/d/x.jpg",
+    )
+    write_rows_of(tmp_path / "a", [full, make_row(1, 0.0, "d")], "mean")
+    assert load_results(tmp_path / "a").rows("t") == [full, make_row(1, 0.0, "d")]
+    bare = json.loads((tmp_path / "a" / "samples" / "t.jsonl").read_text().splitlines()[1])
+    assert set(bare) == {"doc_id", "cluster", "question", "target", "answer", "score", "failed"}
+
+
+def test_average_over_several_protocols_says_so(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        path = write_results(tmp_path / name, {"x": scores_of(30, 9), "y": scores_of(30, 9)})
+        columns = json.loads((path / "summary.json").read_text())["columns"]
+        columns["x"]["protocol"] = "paper"
+        edit_summary(path, columns=columns)
+    average = compare_results(tmp_path / "a", tmp_path / "b", resamples=100).average
+    assert average is not None and average.note is not None
+    assert "mixes protocols (lmms-eval, paper)" in average.note
+
+
+def test_mean_of_groups_without_one_of_them_is_not_paired(tmp_path: Path) -> None:
+    rows = [make_row(i, float(i % 2), str(i), group="abc"[i % 3]) for i in range(60)]
+    before = write_rows_of(tmp_path / "a", rows, "mean_of_groups")
+    rows = [replace(row, failed=row.group == "c") for row in rows]
+    after = write_rows_of(tmp_path / "b", rows, "mean_of_groups")
+    column = compare_results(before, after, resamples=100).columns["t"]
+    assert not column.is_paired and column.p_value is None
+    assert column.reason == "no document of c was answered by both runs"
+
+
+def test_columns_about_the_same_images_do_not_narrow_the_average(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    before, after = ([float(x) for x in rng.integers(0, 2, 200)] for _ in range(2))
+    intervals = []
+    for name, tasks in (("one", ["ocr", "other"]), ("same", ["ocr", "pure"])):
+        # Two columns that hold the same scores about the same images tell as much as one.
+        paths = []
+        for side, scores in (("a", before), ("b", after)):
+            columns = dict.fromkeys(tasks, scores)
+            path = write_results(tmp_path / name / side, columns, per_image=2)
+            if name == "one":
+                _rename_clusters(path / "samples" / "other.jsonl")
+            paths.append(path)
+        average = compare_results(*paths).average
+        assert average is not None and average.low is not None and average.high is not None
+        intervals.append(average.high - average.low)
+    column = compare_results(*paths).columns["ocr"]
+    assert column.low is not None and column.high is not None
+    assert intervals[1] == pytest.approx(column.high - column.low, rel=0.05)
+    assert intervals[0] < 0.85 * intervals[1]
+
+
+def _rename_clusters(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.dumps(row | {"cluster": f"other {row['cluster']}"}) for row in rows]
+    path.write_text("\n".join(lines) + "\n")

@@ -28,7 +28,7 @@ from kuea_mllm.evaluation.fewshot.sampling import draw_released, draw_uniform
 from kuea_mllm.evaluation.fewshot.stemming import Stemmer, stem_table
 from kuea_mllm.evaluation.fewshot.task_files import FewShotTask, write_fewshot_tasks
 from kuea_mllm.evaluation.fewshot.trials import summarise_trials
-from kuea_mllm.evaluation.generation import GenerationSettings
+from kuea_mllm.evaluation.questions import GenerationSettings
 from kuea_mllm.evaluation.session import FAILED_ANSWER
 
 
@@ -228,7 +228,7 @@ def test_questions_without_an_answer_score_nothing() -> None:
     assert scoring.process_vqa(document, [FAILED_ANSWER])["vqa_accuracy"]["score"] == 0.0
     assert scoring.process_caption(document, [FAILED_ANSWER])["cider"]["prediction"] == ""
     meme = scoring.process_hateful({"image_id": "1", "label": 1}, [FAILED_ANSWER])
-    assert meme["roc_auc"]["probability"] == 0.5
+    assert meme["roc_auc"]["score"] == 0.5
 
 
 needs_java = pytest.mark.skipif(
@@ -260,8 +260,8 @@ def test_memes_of_one_class_have_no_score() -> None:
 
 
 def test_trials_are_summarised_per_data_set_and_shots() -> None:
-    tasks = [FewShotTask(f"coco{s}", "coco", 4, s, Path(), {}, "") for s in (1, 2, 3)]
-    tasks.append(FewShotTask("coco0", "coco", 0, 1, Path(), {}, ""))
+    tasks = [FewShotTask(f"coco{s}", "coco", Path(), "", 4, s, {}) for s in (1, 2, 3)]
+    tasks.append(FewShotTask("coco0", "coco", Path(), "", 0, 1, {}))
     columns = {f"coco{s}": {"metric": "cider", "score": 80.0 + s} for s in range(4)}
     summary = summarise_trials(tasks, columns)["coco"]
     assert summary["4"]["mean"] == pytest.approx(82.0)
@@ -273,8 +273,8 @@ def test_trials_are_summarised_per_data_set_and_shots() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "neither `tasks` nor `fewshot`"),
-        ({"tasks": ["pope"], "data": {"coco": "x"}}, "there is no `fewshot`"),
+        ({}, "neither `suite` nor `tasks` nor `fewshot`"),
+        ({"tasks": ["pope"], "data": {"coco": "x"}}, "belongs to suites and few-shot"),
         ({"fewshot": {"shots": [4, 4]}}, "shots holds an entry twice"),
         ({"fewshot": {"trials": 2, "retrieval": {"tower": "x"}}}, "set trials to 1"),
         ({"fewshot": {"datasets": ["cocoo"]}}, "fewshot.datasets"),

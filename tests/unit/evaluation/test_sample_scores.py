@@ -78,6 +78,13 @@ def test_common_image_keys_are_guessed() -> None:
     assert find_clusters(documents, [0] * 3, [0, 1, 2], None) == ["x.jpg", "x.jpg", "y.jpg"]
 
 
+def test_regions_of_one_picture_are_one_cluster() -> None:
+    names = ("COCO_train2014_000000581857_16.jpg", "COCO_train2014_000000581857_3.jpg")
+    documents = [{"file_name": name} for name in (*names, "COCO_train2014_000000580957_0.jpg")]
+    first, second, third = find_clusters(documents, [0] * 3, [0, 1, 2], None)
+    assert first == second == "COCO_train2014_000000581857.jpg" != third
+
+
 def test_guessed_key_that_never_varies_is_no_image() -> None:
     documents = [{"file_name": "all.json", "pair_index": i // 2} for i in range(4)]
     assert find_clusters(documents, [0] * 4, [0, 1, 2, 3], None) == ["0", "0", "1", "1"]

@@ -7,14 +7,16 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from kuea_mllm.evaluation.resampling import Stratum, bootstrap_differences, percentile_interval
+from kuea_mllm.evaluation.statistics import RatioMeasure
 from kuea_mllm.evaluation.stats import (
-    bootstrap_means,
     bootstrap_p,
-    cluster_standard_error,
+    compare_measures,
     compare_pairs,
     decide,
     holm_adjust,
     mcnemar_p,
+    seed_spread,
     unseen_change_bounds,
 )
 
@@ -124,31 +126,6 @@ def test_clustered_binary_scores_are_not_tested_as_independent() -> None:
     assert found.p_value > mcnemar_p(baseline, candidate)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(7)
-    clusters, size, truth, runs, hits = 60, 4, 0.05, 300, 0
-    names = [str(index // size) for index in range(clusters * size)]
-    for run in range(runs):
-        shared = np.repeat(rng.normal(scale=0.3, size=clusters), size)
-        changes = truth + shared + rng.normal(scale=0.3, size=clusters * size)
-        found = compare_pairs(np.zeros(len(names)), changes, names, resamples=600, seed=run)
-        assert found.low is not None
-        assert found.high is not None
-        hits += found.low <= truth <= found.high
-    # 95 % nominal; 300 runs leave a standard error of 1.3 points, the percentile costs about one.
-    assert 0.90 <= hits / runs <= 0.985
-
-
-def test_bootstrap_draws_are_multinomial_weights() -> None:
-    sums, sizes = np.array([1.0, 0.0, 3.0]), np.array([1.0, 2.0, 3.0])
-    draws = bootstrap_means(sums, sizes, resamples=40_000, seed=0)
-    rng = np.random.default_rng(1)
-    counts = rng.multinomial(3, [1 / 3] * 3, size=40_000)
-    expected = (counts @ sums) / (counts @ sizes)
-    assert draws.mean() == pytest.approx(expected.mean(), abs=0.01)
-    assert draws.std() == pytest.approx(expected.std(), abs=0.01)
-
-
 def test_resampling_depends_on_the_seed_only() -> None:
     first = compare_pairs([0.0, 1.0, 0.3] * 20, [1.0, 0.0, 0.5] * 20, own_clusters(60), seed=3)
     again = compare_pairs([0.0, 1.0, 0.3] * 20, [1.0, 0.0, 0.5] * 20, own_clusters(60), seed=3)
@@ -167,23 +144,6 @@ def test_large_test_sets_stay_small_in_memory() -> None:
     tracemalloc.stop()
     assert peak < 500 * 2**20
     assert time.perf_counter() - start < 20
-
-
-def test_detectable_difference_is_the_one_found_in_four_of_five_runs() -> None:
-    rng = np.random.default_rng(5)
-    sample = rng.normal(scale=0.4, size=400)
-    found = compare_pairs(np.zeros(400), sample, own_clusters(400), resamples=500)
-    assert found.detectable is not None
-    error = 0.4 / math.sqrt(400)
-    detected = [abs(found.detectable + error * z) > 1.96 * error for z in rng.normal(size=4000)]
-    assert np.mean(detected) == pytest.approx(0.8, abs=0.05)
-
-
-def test_cluster_standard_error_equals_the_plain_one_without_clusters() -> None:
-    values = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
-    plain = values.std(ddof=1) / math.sqrt(5)
-    assert cluster_standard_error(values, own_clusters(5)) == pytest.approx(plain)
-    assert cluster_standard_error(values, ["one"] * 5) is None
 
 
 def test_holm_steps_down_and_skips_what_has_no_p_value() -> None:
@@ -206,3 +166,77 @@ def test_unequal_lengths_are_refused() -> None:
         compare_pairs([1.0], [1.0, 0.0], ["a", "b"])
     with pytest.raises(ValueError, match="paired samples"):
         compare_pairs([], [], [])
+
+
+def stratum_of(before: list[float], after: list[float], sizes: list[float]) -> Stratum:
+    counts = np.array(sizes)[:, None]
+    first, second = (RatioMeasure(np.array(sums)[:, None], counts) for sums in (before, after))
+    return Stratum((first,), (second,), len(sizes), int(sum(sizes)))
+
+
+@pytest.mark.parametrize("copies", [1, 30])
+def test_bootstrap_draws_are_multinomial_weights(copies: int) -> None:
+    # Thirty copies of each cluster are drawn as kinds, single ones by their numbers.
+    sums, sizes = [1.0, 0.0, 3.0] * copies, [1.0, 2.0, 3.0] * copies
+    stratum = stratum_of([0.0] * len(sums), sums, sizes)
+    rng = np.random.default_rng(0)
+    draws = bootstrap_differences(stratum, resamples=40_000, rng=rng)
+    counts = rng.multinomial(3 * copies, [1 / (3 * copies)] * (3 * copies), size=40_000)
+    expected = (counts @ sums) / (counts @ sizes)
+    assert draws.mean() == pytest.approx(expected.mean(), abs=0.01)
+    assert draws.std() == pytest.approx(expected.std(), rel=0.03)
+
+
+def test_mcnemar_equals_an_independent_formula() -> None:
+    for gained, lost in ((0, 1), (3, 3), (7, 2), (1, 12), (40, 22), (130, 171)):
+        found = compare_pairs(*binary_pairs(50, gained, lost, 9), own_clusters(59 + gained + lost))
+        n, least = gained + lost, min(gained, lost)
+        tail = sum(math.comb(n, k) for k in range(least + 1)) / 2**n
+        assert found.test == "mcnemar"
+        assert found.p_value == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_clustered_interval_is_no_wider_where_clusters_do_not_correlate() -> None:
+    rng = np.random.default_rng(3)
+    candidate = rng.normal(size=4000)
+    clusters = [str(index // 10) for index in range(4000)]
+    pooled = compare_pairs(np.zeros(4000), candidate, clusters, resamples=2000)
+    single = compare_pairs(np.zeros(4000), candidate, own_clusters(4000), resamples=2000)
+    widths = [(found.high or 0.0) - (found.low or 0.0) for found in (pooled, single)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.1)
+
+
+def test_interval_is_expanded_for_few_clusters() -> None:
+    draws = np.random.default_rng(0).normal(size=200_000)
+    low, high = percentile_interval(draws, 9)
+    # sqrt(10 / 9) * t(0.975, 9) = 2.385 instead of 1.960.
+    assert (-low, high) == (pytest.approx(2.385, abs=0.03), pytest.approx(2.385, abs=0.03))
+    assert percentile_interval(draws, 100_000)[1] == pytest.approx(1.96, abs=0.02)
+
+
+def test_seeds_on_the_same_questions_are_drawn_together() -> None:
+    rng = np.random.default_rng(1)
+    shared, ones = rng.normal(size=(300, 1)), np.ones((300, 1))
+    zero, same = RatioMeasure(0 * ones, ones), RatioMeasure(shared, ones)
+    one = Stratum((zero,), (same,), 300, 300)
+    together = compare_measures([Stratum((zero,) * 3, (same,) * 3, 300, 300)], resamples=2000)
+    apart = compare_measures([one] * 3, resamples=2000)
+    alone = compare_measures([one], resamples=2000)
+    widths = [(found.high or 0.0) - (found.low or 0.0) for found in (alone, together, apart)]
+    # Three runs with the same answers are no more evidence than one; three worlds are.
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
+    assert widths[2] == pytest.approx(widths[0] / math.sqrt(3), rel=0.1)
+    assert (alone.detectable or 0) == pytest.approx(together.detectable)
+    assert (alone.detectable or 0) == pytest.approx(math.sqrt(3) * (apart.detectable or 0))
+
+
+def test_spread_of_seeds_is_a_t_interval() -> None:
+    spread = seed_spread([1.0, 2.0, 3.0])
+    assert spread is not None
+    assert spread.std == pytest.approx(1.0)
+    # t(0.975, 2) = 4.3027.
+    assert (spread.low, spread.high) == (
+        pytest.approx(2 - 4.3027 / math.sqrt(3), abs=1e-4),
+        pytest.approx(2 + 4.3027 / math.sqrt(3), abs=1e-4),
+    )
+    assert seed_spread([1.0]) is None

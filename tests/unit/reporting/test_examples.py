@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from reporting_samples import make_column, make_comparison, make_png, make_summary
+from suite_samples import write_thumbnails
 
 from kuea_mllm.errors import EvaluationError
 from kuea_mllm.reporting.comparison import write_comparison_report
-from kuea_mllm.reporting.examples import pick_examples, show_examples
+from kuea_mllm.reporting.examples import pick_examples, pick_flips, show_examples
 
 
 def write_samples(
@@ -65,13 +66,24 @@ def test_wins_are_spread_over_tasks(pair: tuple[Path, Path]) -> None:
 
 
 def test_questions_with_pictures_go_first(pair: tuple[Path, Path]) -> None:
-    folder = pair[0] / "thumbnails" / "gqa"
-    folder.mkdir(parents=True)
-    (folder / "0.png").write_bytes(make_png(8))
-    (folder / "6.png").write_bytes(b"not a picture")
+    pictures = [(0, "a.png", make_png(8)), (6, "b.png", b"not a picture")]
+    write_thumbnails(pair[0], "gqa", pictures)
     first, second = pick_examples(*pair, ["gqa"], per_kind=2)[:2]
-    assert {first.doc_id, second.doc_id} == {"0", "6"}
-    assert sorted([first.image is None, second.image is None]) == [False, True]
+    found = {first.doc_id: first, second.doc_id: second}
+    assert set(found) == {"0", "6"}
+    assert found["0"].image == make_png(8)
+    assert found["6"].image is None
+    assert found["6"].no_image == "picture b.png is not readable"
+
+
+def test_each_picture_is_shown_once_before_any_twice(tmp_path: Path) -> None:
+    results = write_samples(tmp_path / "a", "pope", dict.fromkeys(range(12), 1.0))
+    path = results / "samples" / "pope.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.dumps(row | {"cluster": f"image-{row['doc_id'] // 4}"}) for row in rows]
+    path.write_text("\n".join(lines))
+    shown = [int(example.doc_id) // 4 for example in show_examples(results, "pope", number=6)]
+    assert sorted(shown[:3]) == sorted(shown[3:]) == [0, 1, 2]
 
 
 def test_failed_questions_are_not_picked(tmp_path: Path) -> None:
@@ -104,10 +116,63 @@ def test_columns_where_lower_is_better_give_no_examples(tmp_path: Path) -> None:
     assert pick_examples(results, results) == []
 
 
-def test_report_from_directories_shows_examples(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def flips_of(pair: tuple[Path, Path], gained: list[int], lost: list[int]) -> dict[str, Any]:
+    moved = {
+        "improved": {"count": len(gained), "doc_ids": gained},
+        "worsened": {"count": len(lost), "doc_ids": lost},
+    }
+    sides = {
+        side: {"path": str(path), "model": {"name": path.name}}
+        for side, path in zip(("baseline", "candidate"), pair, strict=True)
+    }
+    return make_comparison(make_column("gqa", column="GQA", **moved), **sides)
+
+
+def test_flips_are_those_of_the_comparison(pair: tuple[Path, Path]) -> None:
+    gained, lost = [0, 6, 12, 18], [1, 5]
+    (column,) = pick_flips(flips_of(pair, gained, lost), *pair, shown=3, listed=5)
+    assert column.name == "GQA"
+    assert (column.gained.total, column.lost.total) == (4, 2)
+    assert [len(column.gained.shown), len(column.gained.listed)] == [3, 1]
+    ids = {int(e.doc_id) for e in (*column.gained.shown, *column.gained.listed)}
+    assert ids == set(gained)
+    assert {int(e.doc_id) for e in column.lost.shown} == set(lost)
+
+
+def test_columns_without_flips_are_left_out(pair: tuple[Path, Path]) -> None:
+    assert pick_flips(flips_of(pair, [], []), *pair) == []
+
+
+def test_boxes_outside_of_the_picture_are_cut_and_nonsense_is_left_out(
+    pair: tuple[Path, Path],
+) -> None:
+    path = pair[0] / "samples" / "gqa.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0] |= {"target_box": [-0.5, 0.1, 0.5, 7], "answer_box": [0, 1, "x", 2]}
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    (column,) = pick_flips(flips_of(pair, [0], []), *pair)
+    (box,) = column.gained.shown[0].boxes
+    assert (box.role, box.corners) == ("expected", (0.0, 0.1, 0.5, 1.0))
+
+
+def test_scores_that_are_no_share_are_said_in_words(tmp_path: Path) -> None:
+    results = write_samples(
+        tmp_path / "a", "wild", {1: 7.5}, scale=100, statistic="mean_of_group_ratios"
+    )
+    (example,) = show_examples(results, "wild")
+    assert example.baseline_note == "7.5 of 10, reference 0"
+
+
+def test_report_from_directories_shows_flips(pair: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    comparison = make_comparison(make_column("gqa"))
+    comparison = flips_of(pair, [0, 6], [1])
     write_comparison_report(path, comparison=comparison, baseline=pair[0], candidate=pair[1])
     text = path.read_text(encoding="utf-8")
     assert "answer of a" in text and "answer of b" in text
     assert str(pair[0]) in text and "comparison: resamples" in text
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    comparison = make_comparison(make_column("gqa"))
+    with pytest.raises(EvaluationError, match=r"/r/a holds no summary\.json"):
+        write_comparison_report(tmp_path / "r.html", comparison=comparison)

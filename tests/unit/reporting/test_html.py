@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report_page import Page, require_accessible, require_self_contained
 from reporting_samples import (
     full_comparison,
     make_column,
@@ -26,6 +25,9 @@ from kuea_mllm.reporting.blocks import (
     Code,
     Details,
     Figure,
+    FlipColumn,
+    FlipGroup,
+    Flips,
     Gallery,
     KeyValues,
     Paragraph,
@@ -45,43 +47,6 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"></svg>'
 HOSTILE = (
     '</p><script>alert(1)</script><img src="http://evil.example/x.png" onerror="x()">{{ 7*7 }}'
 )
-VOID = {"meta", "img", "br", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Everything the tests ask about a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.cells: list[list[str]] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == [], "tags left open"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-        if tag == "tr":
-            self.cells.append([])
-        if tag in {"td", "th"}:
-            self.cells[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"</{tag}> closes another tag"
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self._open:
-            return
-        self.text += data
-        if {"td", "th"} & set(self._open):
-            self.cells[-1][-1] += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def page_of(*blocks: Block) -> Page:
@@ -92,12 +57,23 @@ def page_of(*blocks: Block) -> Page:
 def report_text() -> str:
     report = comparison_report(
         comparison=full_comparison(),
-        baseline_summary=make_summary("llava-stock"),
-        candidate_summary=make_summary("llava-kuea"),
-        examples=[
-            make_example(),
-            make_example(baseline_score=1.0, candidate_score=0.3, image=None),
-            make_example(candidate_answer=None, candidate_score=None, image=make_png(300)),
+        baselines=[make_summary("llava-stock")],
+        candidates=[make_summary("llava-kuea")],
+        flips=[
+            FlipColumn(
+                "miniworld_textvqa",
+                gained=FlipGroup(5, [make_example()], [make_example(candidate_answer=None)]),
+                lost=FlipGroup(
+                    2,
+                    [
+                        make_example(baseline_score=1.0, candidate_score=0.3, image=None),
+                        make_example(
+                            candidate_answer=None, candidate_score=None, image=make_png(300)
+                        ),
+                    ],
+                ),
+                file="samples/miniworld_textvqa.jsonl",
+            )
         ],
         extra_sections=[Section("Kernels", [Figure(SVG, "Heat maps", "Kernels")])],
         provenance=[("command", "kuea-mllm compare a b")],
@@ -105,32 +81,13 @@ def report_text() -> str:
     return render_html(report)
 
 
-def test_heading_levels_never_skip(report_text: str) -> None:
-    levels = [int(tag[1]) for tag, _ in Page(report_text).tags if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-
-
 def test_page_is_accessible(report_text: str) -> None:
-    page = Page(report_text)
-    assert page.all("html")[0]["lang"] == "en"
-    assert all(image.get("alt") for image in page.all("img"))
-    assert all(cell.get("scope") in {"col", "row"} for cell in page.all("th"))
-    assert len(page.all("caption")) == len(page.all("table")) == 1
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    links = [str(link["href"]) for link in page.all("a")]
-    assert "#main" in links
-    assert {link.removeprefix("#") for link in links} <= set(ids)
+    require_accessible(Page(report_text))
 
 
 def test_page_loads_nothing(report_text: str) -> None:
-    page = Page(report_text)
+    require_self_contained(report_text, Page(report_text))
     assert "http://" not in report_text and "https://" not in report_text
-    assert all(str(image["src"]).startswith("data:image/") for image in page.all("img"))
-    names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "link", "iframe", "object", "form", "base"}
-    assert "url(" not in report_text and "@import" not in report_text
 
 
 def test_page_has_a_strict_policy(report_text: str) -> None:
@@ -158,7 +115,7 @@ def test_comparison_table_holds_the_numbers(report_text: str) -> None:
         "800",
         "exact_match",
     ]
-    assert [row[1] for row in rows[2:]] == [
+    assert [row[1] for row in rows[2:6]] == [
         "● cannot tell",
         "▼ worse",
         "○ not tested",
@@ -206,6 +163,18 @@ def test_report_is_the_same_every_time() -> None:
             HOSTILE,
             HOSTILE,
         ),
+        Flips(
+            [
+                FlipColumn(
+                    HOSTILE,
+                    FlipGroup(9, [], [make_example(question=HOSTILE)]),
+                    FlipGroup(0),
+                    HOSTILE,
+                )
+            ],
+            HOSTILE,
+            HOSTILE,
+        ),
     ],
     ids=lambda block: type(block).__name__,
 )
@@ -221,8 +190,8 @@ def test_hostile_titles_and_names_are_shown_as_text() -> None:
     comparison = make_comparison(make_column(HOSTILE), warnings=[HOSTILE])
     report = comparison_report(
         comparison=comparison,
-        baseline_summary=make_summary(HOSTILE),
-        candidate_summary=make_summary(HOSTILE),
+        baselines=[make_summary(HOSTILE)],
+        candidates=[make_summary(HOSTILE)],
     )
     page = Page(render_html(report))
     assert not page.all("script")
@@ -307,13 +276,13 @@ def test_nested_sections_go_one_level_down() -> None:
 def test_report_without_examples_has_no_section_for_them() -> None:
     report = comparison_report(
         comparison=full_comparison(),
-        baseline_summary=make_summary(),
-        candidate_summary=make_summary(),
+        baselines=[make_summary()],
+        candidates=[make_summary()],
         provenance=[("command", "x")],
     )
     page = Page(render_html(report))
     assert page.text.count("Where this comes from") == 2
-    assert "Example questions" not in page.text
+    assert "Flipped questions" not in page.text
 
 
 def test_package_imports_nothing_heavy() -> None:

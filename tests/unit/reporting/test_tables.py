@@ -92,30 +92,6 @@ def test_key_values_panel_folds_long_values() -> None:
     assert text.count("f" * 10) and text.count("f") >= 100
 
 
-def test_comparison_markdown_is_a_table_of_equal_rows() -> None:
-    text = tables.comparison_markdown(full_comparison())
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 5
-    assert {row.count("|") for row in rows} == {9}
-    assert "| 41.2 | 44.6 |" in text
-
-
-def test_markdown_escapes_foreign_names() -> None:
-    comparison = make_comparison(make_column("a|b<script>\n# c"))
-    assert "a\\|b\\<script\\> \\# c" in tables.comparison_markdown(comparison)
-
-
-def test_summary_markdown_and_key_values() -> None:
-    assert "| 12,800 | 41.2 | 1.2 | 2 |" in tables.summary_markdown(make_summary())
-    assert tables.key_values_markdown([("a_b", True)]) == "- **a\\_b**: yes\n"
-
-
-def test_summary_of_a_column_without_score() -> None:
-    summary = make_summary()
-    summary["columns"]["miniworld_textvqa"] |= {"score": None, "stderr": None}
-    assert "| n/a | n/a | 2 |" in tables.summary_markdown(summary)
-
-
 def test_printing(capsys: pytest.CaptureFixture[str]) -> None:
     tables.print_comparison(full_comparison())
     tables.print_summary(make_summary())

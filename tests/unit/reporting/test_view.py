@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from reporting_samples import (
+    AVERAGE,
     NULL,
     UNPAIRED,
     WORSE,
@@ -91,13 +92,18 @@ def test_average_sentence() -> None:
 
 def test_remarks_name_what_was_left_out() -> None:
     comparison = make_comparison(
-        make_column("gqa", dropped=[3, 4]),
+        make_column("gqa", paired=False, reason="a total."),
+        make_column("wild", column="llava-wild", paired=False, missing="no judge", reason="x"),
         warnings=["batch sizes differ"],
-        settings={"level": 0.95, "alpha": 0.05, "limit": 100},
         only_in={"baseline": ["vqav2"], "candidate": []},
     )
     remarks = " ".join(parse_comparison(comparison).remarks)
-    for part in ("batch sizes", "first 100", "vqav2", "gqa: 2 questions left out"):
+    for part in (
+        "batch sizes",
+        "vqav2",
+        "gqa is not paired: a total",
+        "llava-wild is missing: no judge",
+    ):
         assert part in remarks
 
 
@@ -117,3 +123,30 @@ def test_missing_key_is_named() -> None:
 def test_unknown_verdict_is_refused() -> None:
     with pytest.raises(EvaluationError, match="superb"):
         parse_comparison(make_comparison(make_column("gqa", verdict="superb")))
+
+
+def test_columns_go_by_the_names_of_the_paper() -> None:
+    columns = (
+        make_column("kuea_paper_pope", column="pope", protocol="paper"),
+        make_column("pope", column="pope", protocol="lmms-eval"),
+        make_column("kuea_paper_vsr", column="vsr", protocol="paper"),
+    )
+    view = parse_comparison(make_comparison(*columns))
+    assert [column.task for column in view.columns] == ["pope (paper)", "pope (lmms-eval)", "vsr"]
+
+
+def test_scores_of_a_suite_are_percent_even_above_100() -> None:
+    column = make_column("c", suite="flamingo-paper", scale=100, baseline=104.0, candidate=101.0)
+    (found,) = parse_comparison(make_comparison(column)).columns
+    assert (found.baseline_text, found.is_share) == ("104.0", True)
+
+
+def test_labels_and_both_averages_are_shown() -> None:
+    side = {"path": "/r", "label": "stock", "model": {"name": "llava"}}
+    comparison = make_comparison(
+        baseline=side, average_unjudged=AVERAGE, averages={"4 shots": AVERAGE}
+    )
+    view = parse_comparison(comparison)
+    assert view.baseline == "stock"
+    names = ["average, 4 shots", "average", "without judged"]
+    assert [row.task for row in view.rows] == names

@@ -1,0 +1,1 @@
+"""Columns of the KUEA paper as tasks of lmms-eval, under named protocols."""

@@ -1,0 +1,168 @@
+"""The report of several candidates against one baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kuea_mllm.reporting.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Figure,
+    KeyValues,
+    Paragraph,
+    Report,
+    Section,
+    Table,
+)
+from kuea_mllm.reporting.pages import VERDICT_LOOKS, comparison_sections
+from kuea_mllm.reporting.paper import OwnScores, paper_section
+from kuea_mllm.reporting.provenance import models_blocks
+from kuea_mllm.reporting.run_sections import (
+    DASH,
+    asked_section,
+    groups_section,
+    score_figure_blocks,
+    seeds_section,
+    view_series,
+)
+from kuea_mllm.reporting.sentences import headline
+from kuea_mllm.reporting.view import ColumnView, ComparisonView, parse_comparison
+
+
+def several_report(
+    *,
+    comparisons: Sequence[Mapping[str, Any]],
+    baseline: Mapping[str, Any],
+    candidates: Sequence[Mapping[str, Any]],
+    extra_sections: Sequence[Section] = (),
+    provenance: Sequence[tuple[str, str]] = (),
+) -> Report:
+    """Build the report of several candidates.
+
+    Args:
+        comparisons: JSON form of each candidate's comparison with the baseline.
+        baseline: `summary.json` of the baseline.
+        candidates: `summary.json` of the candidates, in the order of `comparisons`.
+        extra_sections: Sections before the settings.
+        provenance: Pairs of name and value.
+
+    Raises:
+        EvaluationError: If a comparison is not complete.
+    """
+    views = [parse_comparison(comparison) for comparison in comparisons]
+    models = [
+        (views[0].baseline, baseline),
+        *[(view.candidate, summary) for view, summary in zip(views, candidates, strict=True)],
+    ]
+    figures = score_figure_blocks(*view_series(views))
+    found = [
+        Section(
+            "Scores",
+            [
+                differences_table(views),
+                Paragraph(
+                    "Each candidate was compared with the baseline on the same questions; the "
+                    "p-values behind the verdicts are adjusted for the columns of one comparison, "
+                    "not for the number of candidates.",
+                    "note",
+                ),
+                *_differences_figure(views),
+            ],
+            [Section("All models in one picture", figures)] if figures else [],
+        ),
+        paper_section([OwnScores(name, [summary]) for name, summary in models]),
+        groups_section([(name, [summary]) for name, summary in models]),
+        Section(
+            "Each candidate",
+            sections=[
+                _one(view, comparison) for view, comparison in zip(views, comparisons, strict=True)
+            ],
+        ),
+        *extra_sections,
+        asked_section(models),
+        Section("The models", models_blocks(models)),
+        Section("Where this comes from", [KeyValues(provenance)]) if provenance else None,
+    ]
+    return Report(
+        title="Several models against one baseline",
+        subtitle=f"Baseline: {views[0].baseline}. "
+        f"Candidates: {', '.join(view.candidate for view in views)}.",
+        summary=[Bullets([f"{view.candidate}: {headline(view)}" for view in views])],
+        sections=[section for section in found if section is not None],
+    )
+
+
+def differences_table(views: Sequence[ComparisonView]) -> Table:
+    """Make the table of all candidates: the baseline's score, each candidate's difference."""
+    columns = dict.fromkeys(row.task for view in views for row in view.columns)
+    names = [*columns, *dict.fromkeys(row.task for view in views for row in view.averages)]
+    by_name = [{row.task: row for row in view.rows} for view in views]
+    baselines = {name: _baseline(by_name, name) for name in names}
+    is_one = all(row.baseline_text == baselines[row.task] for view in views for row in view.rows)
+    caption = (
+        "Baseline in percent; candidates as difference in points with "
+        f"{views[0].level_text} interval. ▲ better, ▼ worse, ● cannot tell, ○ not tested."
+    )
+    if not is_one:
+        # Questions that a candidate did not answer, and columns it lacks, are left out for it.
+        caption += " From: the baseline's score on the questions and columns of this candidate."
+    return Table(
+        caption=caption,
+        header=("Column", views[0].baseline, *(view.candidate for view in views)),
+        rows=[
+            [name, baselines[name], *(_cell(rows.get(name), baselines[name]) for rows in by_name)]
+            for name in names
+        ],
+        numeric=frozenset(range(1, len(views) + 2)),
+        footer=max(len(view.averages) for view in views),
+    )
+
+
+def _one(view: ComparisonView, comparison: Mapping[str, Any]) -> Section:
+    """Show one candidate as a comparison of two is shown, without its flipped questions."""
+    scores, *_ = comparison_sections(comparison, start=f"Scores with {view.candidate}")
+    spread = seeds_section(view)
+    blocks: list[Block] = [*scores.blocks, *(spread.blocks if spread else [])]
+    return Section(view.candidate, blocks)
+
+
+def _differences_figure(views: Sequence[ComparisonView]) -> list[Block]:
+    from kuea_mllm.reporting.drawing import figure_svg
+    from kuea_mllm.reporting.score_figures import Differences, candidate_differences
+
+    names = list(dict.fromkeys(row.task for view in views for row in view.rows if row.has_interval))
+    if not names:
+        return []
+    candidates = []
+    for view in views:
+        rows = {row.task: row for row in view.rows}
+        values = [_points(rows[name]) if name in rows else None for name in names]
+        candidates.append(Differences(view.candidate, values))
+    return [
+        Figure(
+            figure_svg(candidate_differences(names, candidates), "candidate-differences"),
+            alt="Differences of the candidates to the baseline, as in the table above.",
+            caption=f"Candidate minus baseline with {views[0].level_text} intervals. An interval "
+            "that crosses the zero line leaves the direction open.",
+        )
+    ]
+
+
+def _points(row: ColumnView) -> tuple[float, float, float] | None:
+    if row.difference is None or row.low is None or row.high is None:
+        return None
+    return (100 * row.difference, 100 * row.low, 100 * row.high)
+
+
+def _cell(row: ColumnView | None, baseline: str) -> str | Cell:
+    if row is None:
+        return DASH
+    text, tone = VERDICT_LOOKS[row.verdict_text]
+    start = "" if row.baseline_text == baseline else f", from {row.baseline_text}"
+    return Cell(f"{text[0]} {row.difference_text}{start}", tone)
+
+
+def _baseline(by_name: Sequence[Mapping[str, ColumnView]], name: str) -> str:
+    return next(rows[name].baseline_text for rows in by_name if name in rows)
