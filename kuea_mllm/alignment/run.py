@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kuea_mllm.alignment.assemble import Assembly, assemble
+from kuea_mllm.alignment.heads import save_heads
 from kuea_mllm.alignment.identity import KIND, identify_run
 from kuea_mllm.alignment.inputs import AlignmentInputs, open_inputs
 from kuea_mllm.alignment.record import describe_run
@@ -184,6 +185,7 @@ def _write_result(
         resumed_at=resumed_at,
     )
     save_tower(inputs.student, directory / "tower", manifest=manifest)
+    save_heads(parts.objective, directory, manifest=manifest)
     parts.attention.save(directory / "attention.npz")
     write_json(
         directory / "kernel_matrices.json",

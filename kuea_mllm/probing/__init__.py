@@ -1,0 +1,1 @@
+"""What a vision tower can do by itself: zero-shot, retrieval, linear and patch probes."""

@@ -1,0 +1,1 @@
+"""Labelled and captioned data sets of the encoder-level suites, from local copies and hubs."""

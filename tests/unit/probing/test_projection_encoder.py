@@ -1,0 +1,116 @@
+"""The projection baseline as something that can be probed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kuea_mllm.alignment.projection_run import run_projection
+from kuea_mllm.config.align import AlignRecipe
+from kuea_mllm.config.recipes import load_recipe
+from kuea_mllm.data.folder import FolderImages
+from kuea_mllm.data.transforms import ImageTransform
+from kuea_mllm.errors import TowerError, TowerMismatch
+from kuea_mllm.miniworld import ASSETS
+from kuea_mllm.miniworld.images import write_images
+from kuea_mllm.probing.features import Extraction, extract
+from kuea_mllm.probing.projection import is_projection, load_projection
+from kuea_mllm.teachers.load import load_teacher
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures") / "images"
+    write_images(folder, split="train", count=96, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(images, tmp_path_factory):
+    settings = {
+        "method": "projection",
+        "student.model": str(ASSETS / "clip"),
+        "teacher.model": str(ASSETS / "teacher"),
+        "data.images": str(images),
+        "data.workers": 0,
+        "optim.batch_size": 16,
+        "data.heldout_count": 16,
+        "runtime.device": "cpu",
+    }
+    recipe = load_recipe("align/miniworld", AlignRecipe, settings=settings)
+    out = tmp_path_factory.mktemp("run") / "out"
+    run_projection(recipe, out, progress=False)
+    return out
+
+
+@pytest.fixture
+def copy(fitted, tmp_path):
+    shutil.copytree(fitted / "projection", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_embeddings_are_those_of_the_teacher_times_the_map(fitted, images, tmp_path):
+    found = load_projection(fitted)
+    how = Extraction(workers=0, cache=tmp_path)
+    source = FolderImages(images)
+    rows = torch.tensor(extract(source, found.embedder, how).embeddings)
+    pixels = torch.stack([ImageTransform(32)(source.read(i)) for i in range(len(source))])
+    weight = load_file(fitted / "projection" / "projection.safetensors")["weight"]
+    expected = load_teacher(ASSETS / "teacher")(pixels) @ weight.T
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
+    assert rows.shape == (96, 64)
+
+
+def test_the_clip_that_it_maps_into_is_named(fitted):
+    found = load_projection(fitted / "projection")
+    assert found.base == str(ASSETS / "clip")
+    assert found.embedder.width == 64
+
+
+def test_only_a_projection_is_taken_for_one(fitted):
+    assert is_projection(fitted)
+    assert is_projection(fitted / "projection")
+    assert not is_projection(ASSETS / "clip")
+
+
+def test_other_weights_have_another_fingerprint(fitted, copy):
+    state = load_file(copy / "projection.safetensors")
+    save_file({"weight": state["weight"] * 2}, copy / "projection.safetensors")
+    one, other = (load_projection(each).embedder.fingerprint for each in (fitted, copy))
+    assert one != other
+
+
+def test_another_clip_is_refused(copy):
+    record = json.loads((copy / "kuea.json").read_text())
+    record["base_tower"]["fingerprint"] = "0" * 64
+    (copy / "kuea.json").write_text(json.dumps(record))
+    with pytest.raises(TowerMismatch, match=r"is not the CLIP that .* was fitted for"):
+        load_projection(copy)
+
+
+def test_another_teacher_is_refused(copy):
+    record = json.loads((copy / "kuea.json").read_text())
+    record["teacher"]["fingerprint"] = "0" * 64
+    (copy / "kuea.json").write_text(json.dumps(record))
+    with pytest.raises(TowerMismatch, match=r"teacher .* is not the one"):
+        load_projection(copy)
+
+
+def test_a_damaged_file_is_named(copy):
+    (copy / "projection.safetensors").write_bytes(b"nothing")
+    with pytest.raises(TowerError, match=r"projection\.safetensors is damaged"):
+        load_projection(copy)
+
+
+def test_a_map_that_is_not_finite_is_refused(copy):
+    state = load_file(copy / "projection.safetensors")
+    save_file({"weight": state["weight"] * float("nan")}, copy / "projection.safetensors")
+    with pytest.raises(TowerError, match="weight holds NaN"):
+        load_projection(copy)
+
+
+def test_a_tower_is_no_projection():
+    with pytest.raises(TowerError, match=r"holds no projection\.safetensors"):
+        load_projection(ASSETS / "clip")
