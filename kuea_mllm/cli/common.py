@@ -77,6 +77,10 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
             code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
             _end("interrupted.", code)
             raise typer.Exit(code) from None
+        except BrokenPipeError:
+            # Who reads our output has seen enough (`| head`); what is left to print has no reader.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except Exception as error:
             # The output of other processes goes to files, where a traceback disturbs no one.
             if debug or (has_parent() and launched_rank() > 0):

@@ -36,7 +36,9 @@ def answer_questions(
         EnvironmentFailure: If the first questions all fail.
         AnsweredElsewhereError: In other processes, when their share is done.
     """
-    _require_choices(session, questions)
+    require_choices(
+        session, {q.settings.candidates: q.task for q in questions if q.settings.candidates}
+    )
     journal, own = session.journal, process_number()
     with fail_together():
         known = journal.known_answers(questions) if journal is not None and not own else {}
@@ -64,9 +66,16 @@ def answer_questions(
     return [answers[place] for place in range(len(questions))]
 
 
-def _require_choices(session: Session, questions: Sequence[PendingQuestion]) -> None:
-    """Make sure that the model can choose among all candidates, before any question is asked."""
-    tasks = {q.settings.candidates: q.task for q in questions if q.settings.candidates}
+def require_choices(session: Session, tasks: Mapping[tuple[str, ...], str]) -> None:
+    """Make sure that the model can choose among all candidates, before any question is asked.
+
+    Args:
+        session: The model.
+        tasks: A task by the candidates that it chooses among.
+
+    Raises:
+        UserError: Naming the task, or the candidate that is not a token of its own.
+    """
     for candidates, task in tasks.items():
         if not isinstance(session.runtime, ChoosingRuntime):
             raise EvaluationError(

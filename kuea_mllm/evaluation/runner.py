@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.config.evaluate import FewShotSettings, JudgeSettings, SuiteSettings
 from kuea_mllm.errors import EnvironmentFailure, EvaluationError
+from kuea_mllm.evaluation.answers import require_choices
 from kuea_mllm.evaluation.backends import (
     Backend,
     BackendSession,
@@ -293,7 +294,10 @@ def _choose_subject(
 def _prepare_session(
     session: Session, jobs: Jobs, kept: Unfinished, fewshot: FewShotSettings | None
 ) -> None:
-    """Give a session what few-shot tasks need, and see that their prompts fit."""
+    """Give a session what few-shot tasks need, and see that the model can answer all tasks."""
+    # Hours before the column's turn comes.
+    candidates = {name: job.generation.get("candidates") for name, job in jobs.all.items()}
+    require_choices(session, {tuple(given): name for name, given in candidates.items() if given})
     if fewshot is not None:
         session.completer = Completer(session.runtime, fewshot.cache_images)
         require_room(session.completer, [t for t in jobs.fewshot if not kept.is_finished(t.name)])

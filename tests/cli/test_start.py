@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 from kuea_mllm import __version__
+from kuea_mllm.cli.common import verb
 
 HEAVY = ["torch", "transformers", "lmms_eval", "numpy", "matplotlib", "sklearn", "open_clip"]
 
@@ -73,3 +75,19 @@ def test_shell_completion_script_is_printed():
     )
     assert "complete" in done.stdout
     assert done.returncode == 0
+
+
+def test_reader_who_has_seen_enough_is_no_error(tmp_path, monkeypatch, capfd):
+    @verb
+    def print_much():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with (tmp_path / "pipe").open("w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(typer.Exit) as ended:
+            print_much()
+        # Nothing is left that could fail again when Python ends.
+        pipe.write("more")
+    assert ended.value.exit_code == 1
+    assert capfd.readouterr().err == ""
+    assert (tmp_path / "pipe").read_text() == ""

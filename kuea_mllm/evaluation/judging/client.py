@@ -217,8 +217,7 @@ class JudgeClient:
         if status in (401, 403):
             has_key = "is not accepted" if self._key != _NO_KEY else "is not set"
             return EvaluationError(
-                f"judge {self.settings.url} asks for a key, and the one in the environment "
-                f"variable {variable} {has_key} (HTTP {status}).",
+                f"judge {self.settings.url} asks for a key: {variable} {has_key} (HTTP {status}).",
                 f"Set {variable}, or judge.api_key_env to the name of the variable that holds it.",
             )
         if status == 404:

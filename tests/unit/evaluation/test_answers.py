@@ -16,6 +16,7 @@ from kuea_mllm.evaluation import processes
 from kuea_mllm.evaluation.answers import answer_questions
 from kuea_mllm.evaluation.generation import Answerer
 from kuea_mllm.evaluation.image_hints import image_hints
+from kuea_mllm.evaluation.jobs import Job, Jobs
 from kuea_mllm.evaluation.journal import Journal, holds_answers
 from kuea_mllm.evaluation.preparing import Preparer, image_key
 from kuea_mllm.evaluation.processes import share_out
@@ -25,7 +26,9 @@ from kuea_mllm.evaluation.questions import (
     in_order,
     read_generation_kwargs,
 )
+from kuea_mllm.evaluation.runner import _prepare_session
 from kuea_mllm.evaluation.session import FAILED_ANSWER, Session
+from kuea_mllm.evaluation.unfinished import Identity, Unfinished
 
 
 class PlainRuntime:
@@ -99,6 +102,21 @@ def test_candidates_are_read_and_chosen_between() -> None:
     session = session_of(ChoosingRuntime())
     questions = [ask("a", candidates=("Yes", "No")), ask("b")]
     assert answer_questions(session, 4, questions) == ["No", "B"]
+
+
+def test_candidates_of_later_columns_are_looked_at_before_the_first(tmp_path: Path) -> None:
+    runtime = ChoosingRuntime()
+    jobs = Jobs(
+        {
+            "first": Job("first", dict, generation={"candidates": ["Yes", "No"]}),
+            "written": Job("written", dict, generation={"max_new_tokens": 5}),
+            "last": Job("last", dict, generation={"candidates": ["Yes", "Maybe"]}),
+        }
+    )
+    kept = Unfinished(tmp_path, Identity({}, {}), is_resumed=False)
+    with pytest.raises(UserError, match="'Maybe' is not one"):
+        _prepare_session(Session(runtime, "f"), jobs, kept, None)
+    assert not runtime.batches
 
 
 @pytest.mark.parametrize(
