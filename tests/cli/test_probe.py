@@ -16,6 +16,7 @@ from kuea_mllm.workflows import probe as workflow
 
 CLIP = ASSETS / "clip"
 DATASETS = ("single", "gray")
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +140,10 @@ def test_finished_half_is_kept(kuea, arguments, tmp_path, other, monkeypatch):
     swapped = kuea(*arguments, f"--against={other}", "--resume")
     assert swapped.code == 2
     assert "is not the tower of the finished baseline" in swapped.err
+    for option, named in ((f"--base={CLIP}", "base is"), ("--datasets=single", "datasets is")):
+        other_text = kuea(*arguments, f"--against={CLIP}", "--resume", option)
+        assert other_text.code == 2
+        assert named in " ".join(other_text.err.split())
     del calls[:]
     answer = kuea(*arguments, f"--against={CLIP}", "--resume")
     assert answer.code == 0, answer.err
@@ -166,6 +171,58 @@ def test_resumed_run_does_not_repeat_a_data_set(kuea, arguments, tmp_path, monke
     answer = kuea(*arguments, "--resume", "--json")
     assert answer.code == 0, answer.err
     assert len(json.loads(answer.out)["columns"]) == 2
+
+
+def test_resumed_run_is_of_the_same_activation(kuea, arguments, tmp_path, monkeypatch):
+    """A fingerprint of weights does not tell two activations apart."""
+    arguments[1] = copy = shutil.copytree(CLIP, tmp_path / "clip")
+    run_job, calls = workflow.run_job, []
+
+    def stop_at_the_second(job, subject, place):
+        calls.append(job.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_job(job, subject, place)
+
+    monkeypatch.setattr(workflow, "run_job", stop_at_the_second)
+    assert kuea(*arguments).code == 130
+    config = json.loads((copy / "config.json").read_text())
+    part = config.get("vision_config", config)
+    part["hidden_act"] = "gelu" if part["hidden_act"] != "gelu" else "quick_gelu"
+    (copy / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(workflow, "run_job", run_job)
+    answer = kuea(*arguments, "--resume")
+    assert answer.code == 2
+    assert "the model is not that of the unfinished evaluation" in " ".join(answer.err.split())
+
+
+WRONG_DATA = {
+    "class without an image": "1 of 10 classes have no image: 'nine'",
+    "caption file that names a missing image": "names image 00000.png, which is not in",
+    "damaged picture": "00000.png cannot be read",
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DATA)
+def test_wrong_data_set_ends_in_one_clear_line(kuea, arguments, tmp_path, data, name):
+    copy = shutil.copytree(data, tmp_path / "data")
+    arguments[3] = f"--data={copy}"
+    [first] = (copy / "single" / "test").rglob("00000.png")
+    if name == "damaged picture":
+        first.write_bytes(first.read_bytes()[:60])
+    elif name == "class without an image":
+        (copy / "single" / "classnames.txt").write_text("\n".join(DIGITS))
+        shutil.rmtree(copy / "single" / "test" / "nine")
+    else:
+        (copy / "captioned" / "images" / "00000.png").unlink()
+        entry = {"name": "pictures", "key": "captioned", "layout": "karpathy", "documents": 60}
+        entry |= {"source": "the mini world", "metric": "recall@k"}
+        write_recipe(tmp_path, suite="retrieval", datasets=[entry])
+    answer = kuea(*arguments)
+    assert answer.code == 2
+    assert WRONG_DATA[name] in " ".join(answer.err.split())
+    assert "Traceback" not in answer.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_writes_nothing(kuea, arguments, tmp_path):

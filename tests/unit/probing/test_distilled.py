@@ -1,5 +1,6 @@
 """A multi-teacher distillation is scored through its head for CLIP."""
 
+import json
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from kuea_mllm.alignment.run import run_alignment
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.config.recipes import load_recipe
-from kuea_mllm.errors import TowerError
+from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.miniworld.images import write_images
 from kuea_mllm.probing.projection import is_projection, load_projection
@@ -98,6 +99,15 @@ def test_heads_beside_another_tower_are_refused(copy):
     shutil.copytree(ASSETS / "clip", copy / "tower")
     with pytest.raises(TowerError, match="are not of one run"):
         load_projection(copy / "heads")
+
+
+def test_another_clip_than_the_heads_learnt_from_is_refused(copy):
+    record = json.loads((copy / "heads" / "kuea.json").read_text())
+    record["base_tower"] |= {"fingerprint": "0" * 64, "fingerprints": {}}
+    (copy / "heads" / "kuea.json").write_text(json.dumps(record))
+    with pytest.raises(TowerMismatch, match="is not the CLIP that"):
+        load_projection(copy / "heads")
+    assert load_projection(copy / "heads", base=str(ASSETS / "clip")).found_by == "--base"
 
 
 def test_damaged_heads_are_named(copy):

@@ -76,6 +76,14 @@ def test_image_without_a_label_is_named(tmp_path: Path) -> None:
         open_dataset(entry(), tmp_path)
 
 
+def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
+    write_wds(tmp_path / "toy", "test", ["caf\u00e9"], extension="txt", shards=1)
+    path = tmp_path / "toy" / "test" / "0.tar"
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xe9\n"))
+    with pytest.raises(DataError, match=r"0\.tar!s0000000\.txt is not UTF-8 text"):
+        open_dataset(entry(metric="recall@k"), tmp_path)
+
+
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     write_wds(tmp_path / "toy", "test", ["0", "1", "2"], shards=3, class_names=NAMES)
     (tmp_path / "toy" / "test" / "1.tar").unlink()
@@ -118,6 +126,10 @@ def test_another_number_of_images_than_the_recipe_s_is_said(
     assert not caplog.records
     open_dataset(entry(documents=4), tmp_path)
     assert "has 3 images in split test, its recipe expects 4" in caplog.text
+    write_wds(tmp_path / "toy", "train", ["0", "1", "2"], class_names=NAMES)
+    split = entry(documents=3, train_split="train", train_documents=9)
+    open_dataset(split, tmp_path, split="train")
+    assert "has 3 images in split train, its recipe expects 9" in caplog.text
 
 
 def test_folders_are_matched_by_name_number_or_order(tmp_path: Path) -> None:
@@ -132,6 +144,28 @@ def test_folders_are_matched_by_name_number_or_order(tmp_path: Path) -> None:
     write_folder(tmp_path / "toy", "test", ["nine", "two"])
     with pytest.raises(DataError, match="8 of 10 classes have no image: 'zero', 'one', 'three'"):
         open_dataset(entry(layout="folder", classnames="svhn"), tmp_path)
+
+
+def test_order_that_the_names_contradict_is_not_taken(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOGGER, "propagate", True)  # off once a command has run
+    # As in CalTech101: capitals come first in ASCII, and not in the list of names.
+    names = ("ant", "centred face", "tick")
+    matched = match_folders(["Faces_easy", "ant", "tick"], names, "x")
+    assert matched == {"ant": 0, "Faces_easy": 1, "tick": 2}
+    assert "matched with class names by their order, from ant as 'ant' to tick" in caplog.text
+    with pytest.raises(DataError, match="Faces_easy is the name of none"):
+        match_folders(["Faces_easy", "tick", "wasp"], names, "x")
+
+
+def test_wordnet_ids_are_not_taken_for_names(tmp_path: Path) -> None:
+    write_folder(tmp_path / "toy", "test", ["n01443537", "n01484850"])
+    with pytest.raises(DataError, match="WordNet ids such as n01443537"):
+        open_dataset(entry(layout="folder", templates="cifar10"), tmp_path)
+    (tmp_path / "toy" / "classnames.txt").write_text("n01443537\tgoldfish\nn01484850\tshark\n")
+    data = open_dataset(entry(layout="folder", templates="cifar10"), tmp_path)
+    assert data.class_names == ("goldfish", "shark")
 
 
 def test_folder_takes_names_of_its_file_or_of_its_sub_folders(tmp_path: Path) -> None:

@@ -7,19 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from coco_samples import write_colours
 from fake_partner import fake_partner
-from probe_data import write_like
+from probe_data import picture, write_clip, write_like
 
 from kuea_mllm.config.probe import SUITES, ProbeData, ProbeRecipe
 from kuea_mllm.config.recipes import list_shipped, load_recipe
 from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.errors import RecipeError
+from kuea_mllm.log import LOGGER
 from kuea_mllm.probing.datasets.classes import package_class_names, package_templates
 from kuea_mllm.probing.datasets.open import open_dataset
 from kuea_mllm.probing.embedder import ImageEmbedder, PixelRule
 from kuea_mllm.probing.features import Extraction, extract
 from kuea_mllm.probing.retrieval import probe_retrieval
 from kuea_mllm.probing.zero_shot import probe_zero_shot
+from kuea_mllm.workflows.probe_subject import open_subject
+from kuea_mllm.workflows.probe_suites import ProbePlace, plan_jobs, run_job
 
 MODELS = ("ViT-B-16", "ViT-L-14", "ViT-L-14-336")
 CLASSES = {
@@ -128,6 +132,43 @@ def test_linear_data_set_has_both_splits_in_a_copy_of_its_schema(name: str, tmp_
     train, test = (open_dataset(data, tmp_path, split=s) for s in (data.train_split, data.split))
     assert len(train) == len(test) == CLASSES[name]
     assert expected(data, 3).keys() == {f"{name} linear"}
+
+
+def test_patch_data_set_runs_on_a_copy_of_its_schema(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, count in (("train", 4), ("val", 3)):
+        write_colours(tmp_path / "data" / "coco", split, count)
+    write_clip(tmp_path / "clip")
+    monkeypatch.setattr(LOGGER, "propagate", True)  # off once a command has run
+    changes = ["patch.epochs=1", "patch.batch_size=2"]
+    short = load_recipe("probe/patch", ProbeRecipe, overrides=changes)
+    [job] = plan_jobs([short])
+    place = ProbePlace(tmp_path / "data", workers=0, cache=tmp_path)
+    found = run_job(job, open_subject(str(tmp_path / "clip")), place)
+    assert [column.name for column in found.columns] == list(expected(job.data, 4))
+    assert [len(column.rows) for column in found.columns] == [3, 3]
+    # Half a COCO would be scored like a whole one.
+    assert "4 images in split train2017, its recipe expects 118287" in caplog.text
+    assert "3 images in split val2017, its recipe expects 5000" in caplog.text
+
+
+def test_mmvp_vlm_runs_on_a_copy_of_its_schema(tmp_path: Path) -> None:
+    [job] = plan_jobs([recipe("mmvp-vlm")])
+    folder = tmp_path / "data" / job.data.key
+    patterns = [column for column in expected(job.data, 10) if column != job.data.name]
+    lines = ["id,pattern,statement"]
+    for number in range(1, 2 * len(patterns) + 1):
+        pattern = patterns[(number - 1) // 2]
+        (folder / pattern).mkdir(parents=True, exist_ok=True)
+        picture(number).save(folder / pattern / f"{number}.jpg")
+        lines.append(f"{number},{pattern},thing {number}")
+    (folder / "Questions.csv").write_text("\n".join(lines))
+    write_clip(tmp_path / "clip")
+    place = ProbePlace(tmp_path / "data", workers=0, cache=tmp_path)
+    [column] = run_job(job, open_subject(str(tmp_path / "clip")), place).columns
+    assert column.name == job.data.name
+    assert list(column.details["patterns"]) == patterns
 
 
 def test_expected_scores_have_the_averages_that_the_paper_prints() -> None:

@@ -58,6 +58,17 @@ def test_zero_shot_counts_images_classes_and_groups(tmp_path: Path) -> None:
     assert text.seen == ["a", "b", "c"]
 
 
+def test_damaged_class_vectors_in_the_cache_are_named(tmp_path: Path) -> None:
+    content = {"labels": np.array([0, 1]), "class_names": ("a", "b"), "templates": ("{c}",)}
+    data, partner = dataset(tmp_path, 2, **content), fake_partner()[0]
+    features = np.ones((2, 16), dtype=np.float32)
+    probe_zero_shot(features, data, partner, cache=tmp_path / "cache")
+    [path] = (tmp_path / "cache").rglob("classes-*.npy")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"cached class vectors \S+\.npy are damaged"):
+        probe_zero_shot(features, data, partner, cache=tmp_path / "cache")
+
+
 def test_zero_shot_without_prompts_is_refused(tmp_path: Path) -> None:
     data = dataset(tmp_path, 1, labels=np.array([0]), class_names=("a",))
     with pytest.raises(DataError, match="has no prompts for zero-shot"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.miniworld.images import write_images
+from kuea_mllm.probing import partner
 from kuea_mllm.probing.features import Extraction, extract
 from kuea_mllm.probing.projection import is_projection, load_projection
 from kuea_mllm.teachers.load import load_teacher
+from kuea_mllm.towers.load import load_tower
+from kuea_mllm.workflows.probe_subject import ProjectionSubject
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,23 @@ def test_the_clip_that_it_maps_into_is_named(fitted):
     found = load_projection(fitted / "projection")
     assert found.base == str(ASSETS / "clip")
     assert found.embedder.width == 64
+
+
+def test_text_tower_is_that_of_the_recorded_revision(fitted, monkeypatch):
+    asked = {}
+
+    def load(base, *, revision=None, activation=None):
+        asked.update(base=base, revision=revision, activation=activation)
+        return load_text_tower(ASSETS / "clip")
+
+    load_text_tower = partner.load_text_tower
+    monkeypatch.setattr(partner, "load_text_tower", load)
+    found = replace(load_projection(fitted), base="someone/clip", revision="abc")
+    assert ProjectionSubject("here", found, "cpu").partner.found_by == "kuea.json"
+    assert asked == {"base": "someone/clip", "revision": "abc", "activation": found.activation}
+    assert found.activation == load_tower(ASSETS / "clip").spec.activation
+    given = load_projection(fitted, base=str(ASSETS / "clip"))
+    assert ProjectionSubject("here", given, "cpu").partner.found_by == "--base"
 
 
 def test_only_a_projection_is_taken_for_one(fitted):

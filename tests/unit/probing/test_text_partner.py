@@ -149,6 +149,32 @@ def test_aligned_tower_finds_its_clip_by_its_record(directory: Path, tmp_path: P
         assert partner.fingerprint == expected
 
 
+def test_another_clip_in_the_place_of_the_recorded_one_is_refused(tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip")
+    tower = load_tower(tmp_path / "clip")
+    base = {"reference": str(tmp_path / "clip"), "fingerprint": tower.fingerprint}
+    save_tower(tower, tmp_path / "aligned", manifest={"base_tower": base})
+    aligned = load_tower(tmp_path / "aligned")
+    assert load_partner(aligned).found_by == "kuea.json"
+    write_clip(tmp_path / "clip", seed=1)
+    with pytest.raises(TowerMismatch, match=r"clip is not the CLIP that \S+aligned was made from"):
+        load_partner(aligned)
+    assert load_partner(aligned, str(tmp_path / "clip")).found_by == "--base"
+
+
+def test_recorded_state_dict_is_checked_with_the_activation_of_its_tower(tmp_path: Path) -> None:
+    settings = model_settings()
+    settings["text_cfg"] |= {"width": 64, "heads": 1}
+    settings["vision_cfg"] |= {"width": 64, "head_width": 64}
+    model = open_clip.CLIP(**(settings | {"quick_gelu": False})).eval()
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    tower = load_tower(tmp_path / "clip.pt", activation="gelu")
+    base = {"reference": str(tmp_path / "clip.pt"), "fingerprint": tower.fingerprint}
+    save_tower(tower, tmp_path / "aligned", manifest={"base_tower": base})
+    found = load_partner(load_tower(tmp_path / "aligned"))
+    assert torch.allclose(found.encode(TEXTS), expected_of(model), atol=1e-5)
+
+
 def test_tower_without_a_text_partner_is_refused(directory: Path, tmp_path: Path) -> None:
     save_tower(load_tower(directory), tmp_path / "alone", manifest={})
     with pytest.raises(TowerError, match=r"has no text tower, and no kuea\.json names") as caught:

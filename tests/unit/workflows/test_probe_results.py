@@ -200,15 +200,19 @@ def test_pictures_are_kept_spread_over_the_set(tmp_path: Path) -> None:
 def test_columns_about_the_same_pictures_do_not_narrow_the_average(tmp_path: Path) -> None:
     before, after = [1, 0] * 30, [1, 1, 0, 1] * 15
     widths = []
-    for pictures in ("shared", None):
+    for pictures in ("shared", "own {}"):
         folders = []
         for name, scores in (("a", before), ("b", after)):
             folder = write_results(tmp_path / f"{pictures}-{name}", make_columns(scores), name=name)
             summary = json.loads((folder / "summary.json").read_text())
             [(task, entry)] = summary["columns"].items()
-            entry["pictures"] = pictures
             summary["columns"] = {
-                f"{task}{k}": {**entry, "task": f"{task}{k}", "column": f"R@{k}"}
+                f"{task}{k}": {
+                    **entry,
+                    "task": f"{task}{k}",
+                    "column": f"R@{k}",
+                    "pictures": pictures.format(k),
+                }
                 for k in (1, 5, 10)
             }
             write_json(folder / "summary.json", summary)
