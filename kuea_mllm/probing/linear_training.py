@@ -74,16 +74,20 @@ class Labelled:
             raise DataError(
                 f"data set {dataset.name} has {len(labels)} images, but {len(features)} embeddings."
             )
-        # Copied: the rows are mapped read-only, which torch warns about.
-        rows = torch.from_numpy(np.array(features, dtype=np.float32))
-        is_finite = rows.isfinite().all(1)
-        if not is_finite.all():
-            bad = int((~is_finite).nonzero()[0])
-            raise TowerError(
-                f"the embedding of image {dataset.images.name(bad)} holds NaN or infinity.",
-                "Compute in float32 (--dtype float32); if it stays, the weights are damaged.",
-            )
-        return cls(normalize(rows, dim=-1).to(device), torch.from_numpy(labels).to(device))
+        units = torch.empty(features.shape, dtype=torch.float32, device=device)
+        for start in range(0, len(features), BLOCK):
+            # Copied: the rows are mapped read-only, which torch warns about. A block at a time:
+            # several copies of all rows would not fit where one does.
+            rows = torch.from_numpy(np.array(features[start : start + BLOCK], dtype=np.float32))
+            is_finite = rows.isfinite().all(1)
+            if not is_finite.all():
+                bad = start + int((~is_finite).nonzero()[0])
+                raise TowerError(
+                    f"the embedding of image {dataset.images.name(bad)} holds NaN or infinity.",
+                    "Compute in float32 (--dtype float32); if it stays, the weights are damaged.",
+                )
+            units[start : start + BLOCK] = normalize(rows, dim=-1)
+        return cls(units, torch.from_numpy(labels).to(device))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -13,6 +13,7 @@ from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.io import read_json
 from kuea_mllm.log import LOGGER
 from kuea_mllm.towers import checkpoints
+from kuea_mllm.towers.load import load_tower
 from kuea_mllm.towers.text_half import TOKENIZER_FILES
 from kuea_mllm.towers.text_tower import TextTower, has_text_tower, load_text_tower
 from kuea_mllm.towers.tower import Tower
@@ -78,7 +79,8 @@ def load_partner(tower: Tower, base: str | None = None, *, device: str = "cpu") 
 
     Raises:
         TowerError: If the tower has no embedding to compare with texts, or there is no text tower.
-        TowerMismatch: If the text tower embeds in another width.
+        TowerMismatch: If the text tower embeds in another width, or what `kuea.json` names is
+            another CLIP by now.
     """
     if not tower.has_projection:
         raise TowerError(
@@ -96,20 +98,33 @@ def load_partner(tower: Tower, base: str | None = None, *, device: str = "cpu") 
     return partner
 
 
-def open_partner(base: str, *, width: int, of: str, device: str = "cpu") -> TextPartner:
+def open_partner(
+    base: str,
+    *,
+    width: int,
+    of: str,
+    revision: str | None = None,
+    activation: str | None = None,
+    found_by: str = "--base",
+    device: str = "cpu",
+) -> TextPartner:
     """Load a text tower for an image embedder that is no tower of a known format.
 
     Args:
         base: A whole CLIP or SigLIP.
         width: Width of the image embeddings.
         of: What to call the embedder in errors.
+        revision: Of `base` on the Hub, None for the newest.
+        activation: For a state dict file, which does not state it; OpenAI's if left out.
+        found_by: What led to `base`.
         device: Where texts are embedded.
 
     Raises:
         TowerError: If there is no text tower.
         TowerMismatch: If it embeds in another width.
     """
-    partner = TextPartner(load_text_tower(base).to(device), "--base")
+    text = load_text_tower(base, revision=revision, activation=activation)
+    partner = TextPartner(text.to(device), found_by)
     require_width(partner, width, of)
     return partner
 
@@ -128,6 +143,43 @@ def require_width(partner: TextPartner, width: int, of: str) -> None:
         )
 
 
+def require_recorded(
+    start: Mapping[str, Any], of: str, *, activation: str | None = None, heads: int | None = None
+) -> None:
+    """Refuse a CLIP that is not the one that a record was written about.
+
+    A path may hold another model by now, and one of equal width would be taken without a word.
+
+    Args:
+        start: `base_tower` of a `kuea.json`; one without fingerprints is not checked.
+        of: What to call the owner of the record in errors.
+        activation: For a state dict file, which does not state it.
+        heads: Likewise.
+
+    Raises:
+        TowerMismatch: If the vision tower is another one.
+    """
+    rounded = start.get("fingerprints")
+    known = {*(rounded.values() if isinstance(rounded, Mapping) else ()), start.get("fingerprint")}
+    known.discard(None)
+    if not known:
+        return
+    reference = str(start["reference"])
+    is_file = Path(reference).is_file()
+    found = load_tower(
+        reference,
+        revision=start.get("revision"),
+        activation=activation if is_file else None,
+        heads=heads if is_file else None,
+    ).fingerprint
+    if found not in known:
+        raise TowerMismatch(
+            f"{reference} is not the CLIP that {of} was made from: its fingerprint is "
+            f"{found[:12]}, kuea.json says {str(start.get('fingerprint'))[:12]}.",
+            "Give --base: the right one.",
+        )
+
+
 def _find(tower: Tower, base: str | None) -> tuple[str, str | None, str]:
     if base is not None:
         _require_text(base, None)
@@ -135,7 +187,8 @@ def _find(tower: Tower, base: str | None) -> tuple[str, str | None, str]:
     if has_text_tower(checkpoints.resolve_source(tower.source, also=TOKENIZER_FILES)):
         return tower.source, None, "the tower's own weights"
     last = None
-    for reference, revision in _ancestors(tower.manifest):
+    for start in _ancestors(tower.manifest):
+        reference, revision = str(start["reference"]), start["revision"]
         try:
             path = checkpoints.resolve_source(reference, revision=revision, also=TOKENIZER_FILES)
         except TowerError as error:
@@ -145,6 +198,8 @@ def _find(tower: Tower, base: str | None) -> tuple[str, str | None, str]:
                 _REMEDY,
             ) from error
         if has_text_tower(path):
+            spec = tower.spec
+            require_recorded(start, tower.source, activation=spec.activation, heads=spec.heads)
             return reference, revision, "kuea.json"
         last = reference
     where = f"nor has {last}, which it was made from" if last else "and no kuea.json names a CLIP"
@@ -157,15 +212,15 @@ def _require_text(base: str, revision: str | None) -> None:
         raise TowerError(f"--base {base} has no text tower.", _REMEDY)
 
 
-def _ancestors(record: Mapping[str, Any] | None) -> Iterator[tuple[str, str | None]]:
-    """Yield reference and revision of what a tower was made from, nearest first."""
+def _ancestors(record: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yield what records say about what a tower was made from, nearest first."""
     for _ in range(_LONGEST_LINE):
         start = (record or {}).get("base_tower")
         reference = start.get("reference") if isinstance(start, Mapping) else None
         if not isinstance(start, Mapping) or not isinstance(reference, str):
             return
         revision = start.get("revision")
-        yield reference, revision if isinstance(revision, str) else None
+        yield {**start, "revision": revision if isinstance(revision, str) else None}
         path = Path(reference) / "kuea.json"
         content = read_json(path) if path.is_file() else None
         record = content if isinstance(content, Mapping) else None

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.io import read_json
-from kuea_mllm.probing.distilled import holds_heads, load_headed_tower
+from kuea_mllm.probing.distilled import HeadedTower, holds_heads, load_headed_tower
 from kuea_mllm.probing.embedder import ImageEmbedder, PixelRule
+from kuea_mllm.probing.partner import require_recorded
 from kuea_mllm.teachers.load import load_teacher
 from kuea_mllm.teachers.teacher import Teacher
 from kuea_mllm.towers.fingerprint import fingerprint_tensors
 from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.spec import TowerSpec
 
 WEIGHTS_FILE = "projection.safetensors"
 
@@ -60,12 +62,16 @@ class Projection:
         embedder: What embeds images.
         base: The CLIP whose space the images are mapped into; its text tower is the partner.
         revision: Of `base` on the Hub, None for the newest.
+        activation: Of the CLIP, for a `base` that is a file and does not state it.
+        found_by: What led to `base`: "--base" or "kuea.json".
         manifest: Content of `kuea.json`.
     """
 
     embedder: ImageEmbedder
     base: str
     revision: str | None
+    activation: str | None
+    found_by: str
     manifest: dict[str, Any]
 
 
@@ -92,11 +98,9 @@ def load_projection(
         TowerError: If a file is missing or damaged.
         TowerMismatch: If the teacher or the CLIP is not the one that the map was fitted for.
     """
+    found_by = "kuea.json" if base is None else "--base"
     if holds_heads(source):
-        embedder, record = load_headed_tower(source)
-        start = record["base_tower"]
-        reference = base or str(start["reference"])
-        return Projection(embedder, reference, None if base else start.get("revision"), record)
+        return _load_heads(source, base, found_by)
     directory = _directory(source)
     if directory is None:
         raise TowerError(
@@ -142,7 +146,23 @@ def load_projection(
         rule=rule,
         description=f"{loaded.source} mapped into the space of {clip.source} ({directory})",
     )
-    return Projection(embedder, base or str(start["reference"]), revision, manifest)
+    reference, activation = base or str(start["reference"]), _activation(clip.spec)
+    return Projection(embedder, reference, revision, activation, found_by, manifest)
+
+
+def _load_heads(source: str | Path, base: str | None, found_by: str) -> Projection:
+    embedder, record = load_headed_tower(source)
+    start, spec = record["base_tower"], cast(HeadedTower, embedder.module).encoder.spec
+    activation = _activation(spec)
+    if base is None:
+        require_recorded(start, str(source), activation=activation, heads=spec.heads)
+    revision = start.get("revision") if base is None else None
+    reference = base or str(start["reference"])
+    return Projection(embedder, reference, revision, activation, found_by, record)
+
+
+def _activation(spec: TowerSpec) -> str | None:
+    return spec.activation if spec.family == "clip" else None
 
 
 def _directory(source: str | Path) -> Path | None:

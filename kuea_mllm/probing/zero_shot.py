@@ -137,7 +137,7 @@ def class_vectors(
     folder = (cache_folder() if cache is None else cache) / "probing"
     path = folder / f"classes-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if path.is_file():
-        return torch.from_numpy(np.load(path))
+        return _read_vectors(path, len(dataset.class_names))
     vectors = embed_classes(partner, dataset.class_names, dataset.templates)
     create_directory(folder)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}.npy")
@@ -191,6 +191,20 @@ def describe_dataset(dataset: ProbeDataset) -> dict[str, Any]:
         "images": len(dataset),
         "fingerprint": dataset.fingerprint,
     }
+
+
+def _read_vectors(path: Path, classes: int) -> Tensor:
+    try:
+        vectors = torch.from_numpy(np.load(path))
+        is_whole = vectors.ndim == 2 and len(vectors) == classes
+    except (ValueError, EOFError, OSError):
+        is_whole = False
+    if not is_whole:
+        raise DataError(
+            f"cached class vectors {path} are damaged.",
+            "Remove the file; it is made again when it is needed.",
+        )
+    return vectors
 
 
 def _blocks(features: NDArray[np.float32]) -> Iterator[Tensor]:

@@ -11,6 +11,8 @@ OUT/                    of two towers (--against)
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -65,6 +67,8 @@ from kuea_mllm.workflows.probe_suites import (
 LIMIT_RULE = "N images of each data set, spread evenly over it"
 # What changes speed, and numbers by rounding at most.
 _FREE = frozenset(("batch_size", "device"))
+# What differs between copies of one tower.
+_OF_A_COPY = frozenset(("source", "layout", "description"))
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def probe(
     with open_unfinished(out, identity, resume=resume, restart=restart) as kept:
         subject = how.open(reference)
         model = subject.describe()
-        kept.claim(str(model["tower_fingerprint"]))
+        kept.claim(_model_key(model))
         for number, job in enumerate(how.jobs, start=1):
             _run_job(number, job, subject, how, kept)
         records = {job.name: read_json(kept.column(job.name) / COLUMN) for job in how.jobs}
@@ -293,8 +297,16 @@ def _settings(how: Probing) -> dict[str, Any]:
         "max_failures": 0,
         "processes": 1,
         "base": how.base,
+        "datasets": [job.name for job in how.jobs],
         "data": None if how.place.data is None else str(how.place.data),
     }
+
+
+def _model_key(model: Mapping[str, Any]) -> str:
+    """Hash what is known of a tower: its fingerprint is of weights, and of the body only."""
+    about = {**model["tower"], "fingerprint": model["tower_fingerprint"]}
+    content = {key: value for key, value in about.items() if key not in _OF_A_COPY}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _common(values: Sequence[Any]) -> Any:
@@ -338,11 +350,21 @@ def _require_same(half: str, folder: Path, reference: str, how: Probing) -> None
                     f"finished {half} {folder}.",
                     remedy,
                 )
-    fingerprint = how.open(reference).describe()["tower_fingerprint"]
-    if fingerprint != summary["model"]["tower_fingerprint"]:
+    settings = {"base": how.base, "datasets": [job.name for job in how.jobs]}
+    for key, value in settings.items():
+        if summary["settings"].get(key) != value:
+            raise UserError(
+                f"--resume: {key} is {value!r}, and the finished {half} {folder} was made with "
+                f"{summary['settings'].get(key)!r}.",
+                remedy,
+            )
+    now_key, key_before = (
+        _model_key(each) for each in (how.open(reference).describe(), summary["model"])
+    )
+    if now_key != key_before:
         raise UserError(
             f"--resume: {reference} is not the tower of the finished {half} {folder} (fingerprint "
-            f"{fingerprint[:16]}, was {summary['model']['tower_fingerprint'][:16]}).",
+            f"of weights and configuration {now_key[:16]}, was {key_before[:16]}).",
             "Give it the same tower, or drop both halves with --restart.",
         )
     for name, now_version in probe_versions().items():

@@ -109,7 +109,13 @@ class ProjectionSubject:
         """The text tower of the CLIP whose space it maps into."""
         found = self._projection
         return open_partner(
-            found.base, width=found.embedder.width, of=self._source, device=self._device
+            found.base,
+            width=found.embedder.width,
+            of=self._source,
+            revision=found.revision,
+            activation=found.activation,
+            found_by=found.found_by,
+            device=self._device,
         )
 
     def embedder(self, faults: Sequence[str] = ()) -> ImageEmbedder:

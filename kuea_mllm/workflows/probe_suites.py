@@ -17,7 +17,7 @@ from kuea_mllm.data.source import ImageSource
 from kuea_mllm.errors import DataError, RecipeError
 from kuea_mllm.probing.column import ProbeColumn
 from kuea_mllm.probing.datasets.dataset import ProbeDataset, SomeImages
-from kuea_mllm.probing.datasets.open import locate, open_dataset
+from kuea_mllm.probing.datasets.open import locate, open_dataset, warn_of_size
 from kuea_mllm.probing.features import Extraction, FeatureStore, extract
 from kuea_mllm.probing.linear import probe_linear
 from kuea_mllm.probing.linear_training import LinearSettings, split_off
@@ -232,6 +232,8 @@ def _patch(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
         raise RecipeError(f"data set {job.data.name} has no settings for a patch probe.")
     train = open_coco_stuff(folder, job.data.train_split)
     scored = open_coco_stuff(folder, job.data.split)
+    for part, split in ((train, job.data.train_split), (scored, job.data.split)):
+        warn_of_size(job.data, split, len(part))
     if job.recipe.limit is not None:
         train, scored = train.limited(job.recipe.limit), scored.limited(job.recipe.limit)
     how = PatchSettings(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kuea_mllm.errors import DataError, EnvironmentFailure
+from kuea_mllm.log import LOGGER
 from kuea_mllm.probing.datasets.dataset import Labels
 
 CLASS_NAMES_FILE = "classnames.txt"
@@ -62,7 +63,9 @@ def match_folders(folders: Sequence[str], names: Sequence[str], where: str) -> d
     """Tell which class each sub-folder holds.
 
     By name where every sub-folder is called like a class (case, `_` and `-` aside), by number where
-    every one is a number, else in sorted order, which takes as many sub-folders as classes.
+    every one is a number, else in sorted order, which takes as many sub-folders as classes. Where
+    some are called like a class, that has to be the class of their place, with or without regard
+    to case (ASCII sorts capitals first, many lists do not).
 
     Args:
         folders: Sub-folders, sorted.
@@ -80,7 +83,19 @@ def match_folders(folders: Sequence[str], names: Sequence[str], where: str) -> d
         return {folder: int(folder) for folder in folders}
     # Numbers that do not count from 0 would be sorted as texts, 10 before 2.
     if len(folders) == len(names) and not are_numbers:
-        return {folder: number for number, folder in enumerate(folders)}
+        for order in (folders, sorted(folders, key=str.lower)):
+            if all(by_name.get(_plain(each), n) == n for n, each in enumerate(order)):
+                LOGGER.warning(
+                    "%s: sub-folders are matched with class names by their order, from %s as %r to "
+                    "%s as %r; a %s beside the splits would tell for certain",
+                    where,
+                    order[0],
+                    names[0],
+                    order[-1],
+                    names[-1],
+                    CLASS_NAMES_FILE,
+                )
+                return {folder: number for number, folder in enumerate(order)}
     stranger = next((f for f in folders if _plain(f) not in by_name), folders[0])
     raise DataError(
         f"{where} holds {len(folders)} sub-folders for {len(names)} classes, and {stranger} is the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from kuea_mllm.probing.datasets.classes import (
     read_templates,
 )
 from kuea_mllm.probing.datasets.dataset import ProbeDataset
+
+_WORDNET = re.compile(r"n\d{8}")
 
 
 def open_folder(
@@ -78,5 +81,10 @@ def _classes(
         return number_of, tuple(name.strip() for _, name in pairs)
     if names:
         return match_folders(folders, names, where), names
+    if all(_WORDNET.fullmatch(each) for each in folders):
+        raise DataError(
+            f"{where}: the sub-folders are WordNet ids such as {folders[0]}, not names.",
+            f"Write a {CLASS_NAMES_FILE} beside the splits, `{folders[0]}<TAB>name` in each line.",
+        )
     plain = tuple(each.replace("_", " ") for each in folders)
     return {each: number for number, each in enumerate(folders)}, plain

@@ -39,7 +39,7 @@ def open_karpathy(
         raise DataError(f"data set {folder} holds no {' or '.join(_FILES)}.")
     content = read_json(path)
     listed = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(listed, list):
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
         raise DataError(
             f"file {path} holds no list `images`, so it is no split file of Karpathy's."
         )

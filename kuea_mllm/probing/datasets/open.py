@@ -52,16 +52,28 @@ def open_dataset(data: ProbeData, folder: Path | None, *, split: str | None = No
                 f"data set {data.name} is not in {folder}.", _how_to_fetch(data, folder)
             )
         opened = _open_local(data, place, split)
-    if split == data.split and len(opened) != data.documents:
+    warn_of_size(data, split, len(opened))
+    return _checked(opened, data)
+
+
+def warn_of_size(data: ProbeData, split: str, count: int) -> None:
+    """Say it if a split has another number of images than its recipe expects.
+
+    Args:
+        data: The recipe's entry.
+        split: Which split.
+        count: Images that were found.
+    """
+    wanted = {data.train_split: data.train_documents, data.split: data.documents}.get(split)
+    if wanted is not None and count != wanted:
         LOGGER.warning(
             "data set %s has %d images in split %s, its recipe expects %d; published scores are of "
             "another set",
             data.name,
-            len(opened),
+            count,
             split,
-            data.documents,
+            wanted,
         )
-    return _checked(opened, data)
 
 
 def _open_local(data: ProbeData, place: Path, split: str) -> ProbeDataset:

@@ -109,7 +109,16 @@ def _members(shards: Sequence[str], extension: str) -> Iterator[tuple[str, str]]
                 if member.isfile() and _extension(member.name) == extension:
                     content = archive.extractfile(member)
                     data = b"" if content is None else content.read()
-                    yield f"{shard}!{_stem(member.name)}", data.decode("utf-8")
+                    yield f"{shard}!{_stem(member.name)}", _decode(data, f"{shard}!{member.name}")
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where} is not UTF-8 text: {error.reason}.", "Fetch the data set again."
+        ) from error
 
 
 def _stem(member: str) -> str:

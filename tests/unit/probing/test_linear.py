@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,16 @@ def test_nan_is_refused_with_the_name_of_its_image() -> None:
     features[17, 3] = np.nan
     with pytest.raises(TowerError, match=r"image 0017\.png holds NaN"):
         Labelled.of(features, train)
+
+
+def test_embeddings_are_read_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, dataset = make_split(1, 50)
+    whole = Labelled.of(features, dataset)
+    monkeypatch.setattr(linear_training, "BLOCK", 8)
+    assert torch.equal(Labelled.of(features, dataset).features, whole.features)
+    features[43, 0] = np.nan
+    with pytest.raises(TowerError, match=re.escape(dataset.images.name(43))):
+        Labelled.of(features, dataset)
 
 
 def test_other_number_of_embeddings_is_refused() -> None:
