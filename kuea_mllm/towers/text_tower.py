@@ -6,6 +6,7 @@ has every variant that its configurations know, SigLIP's included).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ class TextTower:
 
     Attributes:
         source: Where it comes from.
-        fingerprint: Hash of the weights, of what they do not state, and of the kind of tokenizer.
+        fingerprint: Hash of the weights, of what they do not state, and of the tokenizer.
         context_length: Tokens of a text; what is longer is cut.
     """
 
@@ -159,12 +160,17 @@ def _clip(path: Path, source: str, activation: str | None) -> TextTower:
     bare = {name: t for name, t in half.state.items() if name not in keys.OPENAI_METADATA}
     _fill(model, convert.openai_text_to_hf(bare, source), source)
     if half.vocabulary == _OPENAI_VOCABULARY:
-        tokenize, kind = _openai_tokenizer(half.context_length), "openai"
+        tokenize, files = _openai_tokenizer(half.context_length), {}
     else:
         tokenize = _own_tokenizer(path, source, half.vocabulary, half.context_length)
-        kind = "own"
-    settings = {"activation": half.activation, "heads": half.heads, "eos": half.eos_id}
-    settings |= {"eps": half.layer_norm_eps, "tokenizer": kind}
+        files = _hash_tokenizer(path)
+    settings = {
+        "activation": half.activation,
+        "heads": half.heads,
+        "eos": half.eos_id,
+        "eps": half.layer_norm_eps,
+        "tokenizer": files or "openai",
+    }
     return _tower(_Pooled(model), tokenize, source, settings, half.context_length)
 
 
@@ -185,7 +191,8 @@ def _siglip(directory: Path, source: str) -> TextTower:
     _fill(model, weights, source)
     length = int(config.max_position_embeddings)
     tokenize = _own_tokenizer(directory, source, int(config.vocab_size), length)
-    return _tower(_Pooled(model), tokenize, source, config.to_diff_dict(), length)
+    settings = config.to_diff_dict() | {"tokenizer": _hash_tokenizer(directory)}
+    return _tower(_Pooled(model), tokenize, source, settings, length)
 
 
 _TEXT = "text_model."
@@ -225,6 +232,7 @@ def _open_clip(directory: Path, source: str) -> TextTower:
     _require_tokens(source, len(tokenizer.tokenizer) if known is None else int(known), rows)
     length = int(text_cfg.get("context_length", 77))
     settings = {"text_cfg": text_cfg, "quick_gelu": bool(model_cfg.get("quick_gelu"))}
+    settings |= {"tokenizer": _hash_tokenizer(directory)}
     return _tower(_First(module), tokenizer, source, settings, length)
 
 
@@ -285,6 +293,14 @@ def _own_tokenizer(path: Path, source: str, rows: int, context_length: int) -> T
         return cast(Tensor, encoded["input_ids"])
 
     return tokenize
+
+
+def _hash_tokenizer(directory: Path) -> dict[str, str]:
+    """Hash the files of a tokenizer: other tokens are other embeddings of the same texts."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in tokenizer_files(directory)
+    }
 
 
 def _require_tokens(source: str, known: int, rows: int) -> None:

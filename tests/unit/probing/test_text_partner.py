@@ -128,6 +128,19 @@ def test_hugging_face_siglip_is_read_at_full_length(tmp_path: Path) -> None:
     assert torch.allclose(found.encode(["a dog"]), expected, atol=1e-6)
 
 
+def test_another_tokenizer_is_another_text_tower(tmp_path: Path) -> None:
+    CLIPModel(CLIPConfig(text_config={**TEXT, **SIZES}, vision_config=VISION)).save_pretrained(
+        tmp_path
+    )
+    write_tokenizer(tmp_path)
+    before = load_text_tower(tmp_path).fingerprint
+    assert load_text_tower(tmp_path).fingerprint == before
+    file = tmp_path / "tokenizer.json"
+    # Cached class vectors of the old tokens would be those of other texts.
+    file.write_text(file.read_text().replace('"cat": 5', '"cow": 5'))
+    assert load_text_tower(tmp_path).fingerprint != before
+
+
 def test_text_tower_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     text = {**TEXT, **SIZES, "bos_token_id": 1, "eos_token_id": 2, "projection_dim": 24}
     CLIPModel(
