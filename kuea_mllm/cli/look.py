@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from typing import Annotated
 
@@ -68,7 +69,10 @@ def look(
         int, typer.Option(min=0, help="Images that layers are compared on; 0 leaves it out.")
     ] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 4,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that decode images; up to 4 if left out."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Arithmetic of the embeddings.")] = Dtype.FLOAT32,
     activation: Activation = None,
@@ -114,7 +118,7 @@ def look(
             device=choose_device(device),
             dtype=dtype.value,
             batch_size=batch_size,
-            workers=workers,
+            workers=min(4, os.cpu_count() or 1) if workers is None else workers,
             progress=not json_output,
         ),
     )
