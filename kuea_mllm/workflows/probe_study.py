@@ -64,7 +64,7 @@ class ProbeStudySettings:
     split: str
     per_set: int
     probe_train: int
-    patch_epochs: int = 5
+    patch_epochs: int = 20
     train_images: int = TRAIN_IMAGES
     align_steps: int | None = None
     towers: tuple[str, ...] = TOWERS
@@ -80,7 +80,7 @@ def run_probe_study(
     split: str = "test",
     per_set: int = 1000,
     probe_train: int = 3000,
-    patch_epochs: int = 5,
+    patch_epochs: int = 20,
     train_images: int = TRAIN_IMAGES,
     align_steps: int | None = None,
     jobs: int = 1,
