@@ -17,8 +17,8 @@ of wall times, `cpu_ratio` one of CPU seconds with those of decoding processes, 
 read where other work runs on the machine. clip-benchmark's linear probe asserts CUDA: on a CPU that
 assertion is stepped around. Its `accuracy`, which newer numpy does not run, is replaced by the same
 sum. It brings the training features into a random order before it trains on them in random order;
-the first is left out. With `--workers 0` both sides then see the same batches and end with the same
-linear probe; webdataset hands out images in another order where it has several workers.
+the first is left out. webdataset hands out images in another order where it has several workers,
+so that the two linear probes see other batches then; `--workers 0` is for comparing their scores.
 """
 
 from __future__ import annotations
