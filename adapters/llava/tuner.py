@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,18 @@ def load_for_tuning(
     return model
 
 
-def hidden_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def hidden_states(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    *,
+    features_of: Callable[[Any, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return what the output layer reads; see `MLLMTuner`.
+
+    Args:
+        model: LLaVA, or a variant of it that differs in what its language model gets of images.
+        batch: Inputs of the model.
+        features_of: Gives the image features of pixel values; None takes `image_features`.
 
     Raises:
         DataError: If there are not as many image tokens as the images take.
@@ -129,7 +139,7 @@ def hidden_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     input_ids = batch["input_ids"]
     embeds: Tensor = inner.language_model.get_input_embeddings()(input_ids)
     if (pixel_values := batch.get("pixel_values")) is not None:
-        features = image_features(model, pixel_values).to(embeds.dtype)
+        features = (features_of or image_features)(model, pixel_values).to(embeds.dtype)
         place = input_ids == model.config.image_token_id
         if (found := int(place.sum())) != features[..., 0].numel():
             raise DataError(

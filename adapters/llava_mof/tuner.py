@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kuea_mllm.adapters.base import TuningFormat, TuningParts
+from kuea_mllm.adapters.llava import tuner as llava
 from kuea_mllm.adapters.llava.images import padded_images
 from kuea_mllm.adapters.llava.prompt import IMAGE_TAG
 from kuea_mllm.adapters.llava.runtime import tokens_per_image
@@ -17,9 +18,7 @@ from kuea_mllm.adapters.llava.tuning import LlavaConversations
 from kuea_mllm.adapters.llava_mof.adapter import resolve_config
 from kuea_mllm.adapters.loading import failures_named
 from kuea_mllm.adapters.loading import load_for_tuning as load
-from kuea_mllm.adapters.packing import without_rows
 from kuea_mllm.adapters.vocabulary import count_token_rows, read_tokenizer_files
-from kuea_mllm.errors import DataError
 
 _LANGUAGE_MODEL = "model.language_model"
 _PROJECTOR = "model.multi_modal_projector"
@@ -101,27 +100,7 @@ def hidden_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         DataError: If there are not as many image tokens as the images take.
     """
-    inner = model.model
-    shape = batch["input_ids"].shape
-    batch = without_rows(batch, inner.language_model.config._attn_implementation)
-    input_ids = batch["input_ids"]
-    embeds: Tensor = inner.language_model.get_input_embeddings()(input_ids)
-    if (pixel_values := batch.get("pixel_values")) is not None:
-        features = image_features(model, pixel_values).to(embeds.dtype)
-        place = input_ids == model.config.image_token_id
-        if (found := int(place.sum())) != features[..., 0].numel():
-            raise DataError(
-                f"a batch has {found} image tokens, its {len(features)} images take "
-                f"{features[..., 0].numel()}."
-            )
-        embeds = embeds.masked_scatter(place.unsqueeze(-1), features)
-    output: Tensor = inner.language_model(
-        inputs_embeds=embeds,
-        attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids"),
-        use_cache=False,
-    ).last_hidden_state
-    return output.reshape(*shape, -1)
+    return llava.hidden_states(model, batch, features_of=image_features)
 
 
 def image_features(model: Any, pixel_values: Tensor) -> Tensor:
