@@ -1,24 +1,27 @@
 """Encoder probes against clip-benchmark: the same tower, webdatasets and scores.
 
     python benchmarks/probe.py                                     # tiny, CPU
-    python benchmarks/probe.py --size vit_l_14 --device cuda --train 20000 --test 8000 --rounds 3
+    python benchmarks/probe.py --size vit_l_14 --device cuda --train 20000 --test 8000
 
-One open_clip model with random weights; one labelled data set with three splits, one
-with captions, both as local webdatasets of JPEG files. Both sides run in turn, each time in a
-process of its own, with the same batch size and number of decoding processes:
+One open_clip model with random weights, and webdatasets of JPEG files in the shape of the paper's
+Table 3: one labelled set (as SVHN), two label sets of the same pictures (as CLEVR's distances and
+counts), one set with captions. Both sides run in turn, each stage in a process of its own, with the
+same batch size and number of decoding processes:
 
-extraction   embeddings of the three splits of the labelled set, written to disk
+extraction   embeddings of the three splits of the first labelled set, written to disk
 linear       linear probe on those embeddings, weight decay 0 (the paper's protocol)
-search       the same with clip-benchmark's search over weight decays on the third split
-all          zero-shot, linear probe and retrieval from nothing: what one tower costs
+search       the same with clip-benchmark's search over weight decays on the third split (minutes;
+             only where `--stages` names it)
+all          zero-shot and linear probe of the three labelled sets, and retrieval, from nothing:
+             what one tower costs
 
 Imports are in no number; peak memory is that of the whole process, imports included. `ratio` is one
 of wall times, `cpu_ratio` one of CPU seconds with those of decoding processes, which is the one to
 read where other work runs on the machine. clip-benchmark's linear probe asserts CUDA: on a CPU that
 assertion is stepped around. Its `accuracy`, which newer numpy does not run, is replaced by the same
 sum. It brings the training features into a random order before it trains on them in random order;
-the first is left out. webdataset hands out images in another order where it has several workers,
-so that the two linear probes see other batches then; `--workers 0` is for comparing their scores.
+the first is replaced by the order of the files (several decoding processes hand them out in
+another one), so that both sides train on the same batches and their scores can be compared.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -42,9 +46,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-STAGES = ("extraction", "linear", "search", "all")
+STAGES = ("extraction", "linear", "all", "search")
+DEFAULT_STAGES = STAGES[:3]
 SIDES = ("clip_benchmark", "ours")
 CLASSES = [f"thing {number}" for number in range(10)]
+SHARDS = 8
+# Heading, folder; the second and third are two label sets of the same pictures.
+LABELLED = (
+    ("svhn", "vtab-svhn"),
+    ("distance", "vtab-clevr_closest_object_distance"),
+    ("count", "vtab-clevr_count_all"),
+)
 TEMPLATES = ["a photo of a {c}.", "a drawing of the {c}", "this is {c}"]
 WORDS = ("dog", "cat", "tree", "boat", "red", "blue", "street", "child", "snow", "table")
 VISION: dict[str, dict[str, int]] = {
@@ -83,15 +95,22 @@ def write_inputs(folder: Path, options: argparse.Namespace) -> None:
     (folder / "clip" / "open_clip_config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), folder / "clip" / "open_clip_model.safetensors")
     counts = {"train": options.train, "val": options.test // 2, "test": options.test}
-    for number, (split, count) in enumerate(counts.items()):
-        labels = [str(index % len(CLASSES)) for index in range(count)]
-        _write_shards(folder / "data" / "vtab-svhn", split, labels, "cls", options.side, number)
-    (folder / "data" / "vtab-svhn" / "classnames.txt").write_text("\n".join(CLASSES))
-    path = folder / "data" / "vtab-svhn" / "zeroshot_classification_templates.txt"
-    path.write_text("\n".join(TEMPLATES))
+    for kind, (name, key) in enumerate(LABELLED):
+        data = folder / "data" / key
+        for number, (split, count) in enumerate(counts.items()):
+            labels = [str(_factors(index)[name == "count"]) for index in range(count)]
+            seed = 10 * bool(kind) + number
+            _write_shards(data, split, labels, "cls", options.side, seed)
+        (data / "classnames.txt").write_text("\n".join(CLASSES))
+        (data / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES))
     captions = ["\n".join(_captions(index)) for index in range(options.captioned)]
     _write_shards(folder / "data" / "flickr30k", "test", captions, "txt", options.side, 3)
     (folder / "data" / "flickr30k" / "dataset_type.txt").write_text("retrieval")
+
+
+def _factors(number: int) -> tuple[int, int]:
+    """Return the classes of a picture: of its hue, and of its brightness."""
+    return number % len(CLASSES), number * 7 // len(CLASSES) % len(CLASSES)
 
 
 def _captions(number: int) -> list[str]:
@@ -108,16 +127,17 @@ def _write_shards(
     from PIL import Image
 
     rng = np.random.default_rng(seed)
-    shards = 8
     (folder / split).mkdir(parents=True)
-    (folder / split / "nshards.txt").write_text(str(shards))
+    (folder / split / "nshards.txt").write_text(str(SHARDS))
     hues = np.random.default_rng(9).integers(0, 256, (len(CLASSES), 3))
-    for shard, numbers in enumerate(np.array_split(np.arange(len(texts)), shards)):
+    for shard, numbers in enumerate(np.array_split(np.arange(len(texts)), SHARDS)):
         with tarfile.open(folder / split / f"{shard}.tar", "w") as archive:
             for number in numbers.tolist():
                 noise = rng.integers(0, 256, (6, 8, 3))
-                # A hue for each class, so that there is something to learn.
-                coarse = (noise * 3 + hues[number % len(CLASSES)]) // 4
+                # A hue and a brightness for each class, so that there is something to learn.
+                hue, light = _factors(number)
+                coarse = (noise * 3 + hues[hue]) // 4 * (len(CLASSES) + light)
+                coarse //= 2 * len(CLASSES)
                 picture = Image.fromarray(coarse.astype(np.uint8))
                 file = io.BytesIO()
                 picture.resize((side * 4 // 3, side), Image.Resampling.BICUBIC).save(
@@ -159,55 +179,57 @@ def run_theirs(stage: str, work: Path, options: argparse.Namespace) -> dict[str,
     transform = open_clip.image_transform(
         config["model_cfg"]["vision_cfg"]["image_size"], is_train=False, **config["preprocess_cfg"]
     )
-    scores: dict[str, float] = {}
-    labelled, captioned = work / "data" / "vtab-svhn", work / "data" / "flickr30k"
+    device = options.device
 
     def loader(folder: Path, split: str, task: str) -> Any:
         return _their_loader(folder, split, task, transform, options)
 
-    if stage == "all":
-        test, dataset = loader(labelled, "test", "zeroshot_classification")
-        with mock.patch.object(zeroshot_classification, "accuracy", _accuracy):
-            found = zeroshot_classification.evaluate(
+    def probe_linearly(key: str) -> float | None:
+        splits = ["train", "test", *(["val"] if stage in ("extraction", "search") else [])]
+        loaders = {s: loader(work / "data" / key, s, "linear_probe")[0] for s in splits}
+        with (
+            _their_linear_probe(linear_probe, options, stops=stage == "extraction"),
+            contextlib.suppress(_StopAfterFeaturesError),
+        ):
+            found = linear_probe.evaluate(
                 model,
-                test,
-                tokenizer,
-                dataset.classes,
-                dataset.templates,
-                options.device,
+                loaders["train"],
+                loaders["test"],
+                fewshot_k=-1,
+                batch_size=64,
+                num_workers=options.workers,
+                lr=0.1,
+                epochs=10,
+                # Its command line names features by model and data set too.
+                model_id=f"{'all' if stage == 'all' else 'tower'}-{key}",
+                seed=0,
+                feature_root=str(work / "their_features"),
+                device=_Device(device),
+                val_dataloader=loaders.get("val"),
                 amp=False,
             )
-        scores["zero-shot"] = 100 * float(found["acc1"])
-    if stage in ("extraction", "linear", "search", "all"):
-        with _their_linear_probe(linear_probe, options.device, stops=stage == "extraction"):
-            splits = ["train", "test", *(["val"] if stage in ("extraction", "search") else [])]
-            loaders = {s: loader(labelled, s, "linear_probe")[0] for s in splits}
-            with contextlib.suppress(_StopAfterFeaturesError):
-                found = linear_probe.evaluate(
-                    model,
-                    loaders["train"],
-                    loaders["test"],
-                    fewshot_k=-1,
-                    batch_size=64,
-                    num_workers=options.workers,
-                    lr=0.1,
-                    epochs=10,
-                    model_id="all" if stage == "all" else "tower",
-                    seed=0,
-                    feature_root=str(work / "their_features"),
-                    device=_Device(options.device),
-                    val_dataloader=loaders.get("val"),
-                    amp=False,
-                )
-                scores["linear"] = 100 * float(found["lp_acc1"])
-    if stage == "all":
-        pairs, _ = loader(captioned, "test", "zeroshot_retrieval")
-        found = zeroshot_retrieval.evaluate(
-            model, pairs, tokenizer, options.device, amp=False, recall_k_list=[1, 5, 10]
-        )
-        for k in (1, 5, 10):
-            scores[f"I2T R@{k}"] = 100 * float(found[f"text_retrieval_recall@{k}"])
-            scores[f"T2I R@{k}"] = 100 * float(found[f"image_retrieval_recall@{k}"])
+            return 100 * float(found["lp_acc1"])
+        return None
+
+    if stage != "all":
+        score = probe_linearly(LABELLED[0][1])
+        return {} if score is None else {"svhn linear": score}
+    scores: dict[str, float] = {}
+    for name, key in LABELLED:
+        test, dataset = loader(work / "data" / key, "test", "zeroshot_classification")
+        with mock.patch.object(zeroshot_classification, "accuracy", _accuracy):
+            found = zeroshot_classification.evaluate(
+                model, test, tokenizer, dataset.classes, dataset.templates, device, amp=False
+            )
+        scores[name] = 100 * float(found["acc1"])
+        scores[f"{name} linear"] = probe_linearly(key) or 0.0
+    pairs, _ = loader(work / "data" / "flickr30k", "test", "zeroshot_retrieval")
+    found = zeroshot_retrieval.evaluate(
+        model, pairs, tokenizer, device, amp=False, recall_k_list=[1, 5, 10]
+    )
+    for k in (1, 5, 10):
+        scores[f"flickr I2T R@{k}"] = 100 * float(found[f"text_retrieval_recall@{k}"])
+        scores[f"flickr T2I R@{k}"] = 100 * float(found[f"image_retrieval_recall@{k}"])
     return scores
 
 
@@ -241,9 +263,10 @@ class _StopAfterFeaturesError(Exception):
 
 
 @contextlib.contextmanager
-def _their_linear_probe(module: Any, device: str, *, stops: bool) -> Iterator[None]:
+def _their_linear_probe(module: Any, options: argparse.Namespace, *, stops: bool) -> Iterator[None]:
     import torch
 
+    device = options.device
     train, infer, shuffle = module.train, module.infer, torch.randperm
 
     def train_plainly(*arguments: Any) -> Any:
@@ -253,7 +276,7 @@ def _their_linear_probe(module: Any, device: str, *, stops: bool) -> Iterator[No
         return train(*others, device, seed)
 
     def in_order(*arguments: Any, **keywords: Any) -> Any:
-        return shuffle(*arguments, **keywords) if keywords else torch.arange(*arguments)
+        return shuffle(*arguments, **keywords) if keywords else _order_of_files(*arguments, options)
 
     with contextlib.ExitStack() as patched:
         patched.enter_context(mock.patch.object(module, "accuracy", _accuracy))
@@ -270,6 +293,23 @@ def _their_linear_probe(module: Any, device: str, *, stops: bool) -> Iterator[No
         yield
 
 
+def _order_of_files(count: int, options: argparse.Namespace) -> Any:
+    """Return the positions, in what webdataset hands out, of images in the order of the files.
+
+    Each worker reads every so-manieth shard; their batches come in turn.
+    """
+    import numpy as np
+    import torch
+
+    shards = np.array_split(np.arange(count), SHARDS)
+    workers = max(options.workers, 1)
+    streams = [np.concatenate(shards[worker::workers]) for worker in range(workers)]
+    batches = [np.split(s, range(options.batch, len(s), options.batch)) for s in streams]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*batches))
+    handed_out = np.concatenate([batch for batch in turns if batch is not None])
+    return torch.from_numpy(np.argsort(handed_out))
+
+
 def run_ours(stage: str, work: Path, options: argparse.Namespace) -> dict[str, float]:
     """Run one stage by the code behind `kuea-mllm probe`; return scores in percent."""
     from kuea_mllm.config.probe import ProbeRecipe
@@ -281,32 +321,26 @@ def run_ours(stage: str, work: Path, options: argparse.Namespace) -> dict[str, f
     from kuea_mllm.workflows.probe_suites import ProbePlace, plan_jobs, run_job
 
     subject = open_subject(str(work / "clip"), device=options.device)
-    cache = work / ("our_cache_all" if stage == "all" else "our_cache")
-    place = ProbePlace(work / "data", options.device, workers=options.workers, cache=cache)
+    place = ProbePlace(work / "data", options.device, workers=options.workers)
     shared: dict[str, Any] = {"kind": "probe", "batch_size": options.batch}
-    svhn: dict[str, Any] = {
-        "name": "svhn",
-        "key": "vtab-svhn",
-        "source": "here",
-        "layout": "wds",
-        "documents": options.test,
-    }
-    pairs = {**svhn, "name": "flickr", "key": "flickr30k", "documents": options.captioned}
-    linear = {**svhn, "train_split": "train", "metric": "lp_acc1"}
+    labelled: list[dict[str, Any]] = [
+        {"name": name, "key": key, "source": "here", "layout": "wds", "documents": options.test}
+        for name, key in LABELLED
+    ]
+    pairs = {**labelled[0], "name": "flickr", "key": "flickr30k", "documents": options.captioned}
+    linear = [{**one, "train_split": "train", "metric": "lp_acc1"} for one in labelled]
     contents: list[dict[str, Any]] = [
-        {"suite": "zero-shot", "datasets": [{**svhn, "metric": "acc1"}]},
-        {"suite": "linear", "linear": {}, "datasets": [linear]},
+        {"suite": "zero-shot", "datasets": [{**one, "metric": "acc1"} for one in labelled]},
+        {"suite": "linear", "linear": {}, "datasets": linear},
         {"suite": "retrieval", "datasets": [{**pairs, "metric": "recall@k"}]},
     ]
     recipes = [ProbeRecipe.parse({**shared, **one}, origin="of the benchmark") for one in contents]
     if stage == "all":
         found = [run_job(job, subject, place) for job in plan_jobs(recipes)]
-        columns = [column for one in found for column in one.columns]
-        names = {"svhn": "zero-shot", "svhn linear": "linear"}
-        return {names.get(c.name, c.name.removeprefix("flickr ")): c.score for c in columns}
-    [job] = plan_jobs(recipes[1:2])
+        return {column.name: column.score for one in found for column in one.columns}
+    job = plan_jobs(recipes[1:2])[0]
     if stage == "linear":
-        return {"linear": run_job(job, subject, place).columns[0].score}
+        return {"svhn linear": run_job(job, subject, place).columns[0].score}
     splits = {s: open_dataset(job.data, place.data, split=s) for s in ("train", "test", "val")}
     how = place.extraction(job.recipe)
     stores = {s: extract(splits[s].images, subject.embedder(), how) for s in splits}
@@ -321,7 +355,7 @@ def run_ours(stage: str, work: Path, options: argparse.Namespace) -> dict[str, f
         validation=(rows["val"], splits["val"]),
         how=LinearSettings(device=options.device),
     )
-    return {"linear": column.score}
+    return {"svhn linear": column.score}
 
 
 def run_stage(side: str, stage: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -363,28 +397,41 @@ def _peak_gib(device: str) -> dict[str, float]:
 
 
 def measure(work: Path, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run all stages of both sides in turn."""
+    """Run the stages of both sides in turn, and say so as each ends."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
-        stage: {side: [] for side in SIDES} for stage in STAGES
+        stage: {side: [] for side in SIDES} for stage in options.stages
     }
-    for _ in range(options.rounds):
-        for stage in STAGES:
+    for number in range(1, options.rounds + 1):
+        for stage in options.stages:
             _forget(work, stage)
-            for side in SIDES:
-                found[stage][side].append(_in_own_process(side, stage, work, arguments))
+            # The second to run finds warm file caches: each goes first in every other round.
+            for side in SIDES if number % 2 else reversed(SIDES):
+                run = _in_own_process(side, stage, work, arguments)
+                found[stage][side].append(run)
+                print(
+                    f"round {number} of {options.rounds}, {stage}, {side}: "
+                    f"{run['seconds']:.1f} s, {run['cpu_seconds']:.1f} CPU s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return {stage: _summary(stage, runs, options) for stage, runs in found.items()}
 
 
 def _forget(work: Path, stage: str) -> None:
     """Drop embeddings that a stage is to compute itself."""
     if stage in ("extraction", "all"):
-        for name in ("their_features", "our_cache_all" if stage == "all" else "our_cache"):
-            shutil.rmtree(work / name, ignore_errors=True)
+        for folder in (work / "their_features", _our_cache(work, stage)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _our_cache(work: Path, stage: str) -> Path:
+    return work / ("our_cache_all" if stage == "all" else "our_cache")
 
 
 def _in_own_process(side: str, stage: str, work: Path, arguments: Sequence[str]) -> dict[str, Any]:
     command = [sys.executable, __file__, *arguments, "--work", str(work), "--one", side, stage]
-    answer = subprocess.run(command, check=False, capture_output=True, text=True)
+    environment = {**os.environ, "KUEA_MLLM_CACHE": str(_our_cache(work, stage))}
+    answer = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if answer.returncode:
         raise RuntimeError(f"{side}, {stage}: {answer.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
@@ -457,6 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(DEFAULT_STAGES))
     parser.add_argument("--work", type=Path, help="folder to keep inputs in")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "STAGE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

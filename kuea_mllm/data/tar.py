@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from kuea_mllm.data.cache import cache_folder
 from kuea_mllm.data.handles import FileReader
 from kuea_mllm.data.source import Names, decode_image, unreadable
-from kuea_mllm.data.tar_index import ShardIndex, index_shard
+from kuea_mllm.data.tar_index import ShardIndex, index_shard, member_extension
 from kuea_mllm.errors import DataError
 
 # Reading headers waits for the disk or the network far more than for a core.
@@ -73,10 +74,14 @@ class TarImages:
         """Return `shard.tar!member`."""
         return self._locate(index)[1]
 
+    def member_names(self) -> Iterator[tuple[str, Names]]:
+        """Yield the path of each shard with the names of its images, in order."""
+        return zip(self.shards, self._names, strict=True)
+
     def fingerprint(self) -> str:
         """Hash the names of shards (without their folder) and members, and all sizes."""
         digest = hashlib.sha256()
-        for shard, names in zip(self.shards, self._names, strict=True):
+        for shard, names in self.member_names():
             digest.update(os.fsencode(os.path.basename(shard)) + b"\0")  # noqa: PTH119
             digest.update(names.ends.astype("<i8").tobytes() + names.text.tobytes())
         digest.update(self._sizes.astype("<i8").tobytes())
@@ -92,18 +97,37 @@ class TarImages:
 
 
 def _index_all(shards: Sequence[str]) -> list[ShardIndex]:
-    folder = cache_folder() / "tar_index"
+    folder = index_folder()
     with ThreadPool(_INDEX_THREADS) as pool:
         found = pool.imap(lambda path: index_shard(path, folder), shards)
         few = len(shards) < _BAR_FROM
         return list(tqdm(found, "index", len(shards), unit="shard", disable=few, leave=False))
 
 
+def read_texts(shard: str, extension: str) -> Iterator[tuple[bytes, bytes]]:
+    """Yield name and content of the members of a shard that have an extension.
+
+    Raises:
+        DataError: If the shard is missing, damaged or cut short.
+    """
+    index = index_shard(shard, index_folder(), extension=extension)
+    files = FileReader()
+    for name, offset, size in zip(index.names, index.offsets, index.sizes, strict=True):
+        try:
+            content = files.read(shard, int(offset), int(size))
+        except OSError as error:
+            raise DataError(f"shard {shard} cannot be read: {error.strerror}.") from error
+        yield name, content
+
+
+def index_folder() -> Path:
+    """Return the folder of the indexes of shards."""
+    return cache_folder() / "tar_index"
+
+
 def _only(index: ShardIndex, extension: str) -> ShardIndex:
     kept = [
-        position
-        for position, name in enumerate(index.names)
-        if os.fsdecode(os.path.basename(name)).partition(".")[2].lower() == extension  # noqa: PTH119
+        position for position, name in enumerate(index.names) if member_extension(name) == extension
     ]
     names = Names([index.names[position] for position in kept])
     return ShardIndex(names, index.offsets[kept], index.sizes[kept])

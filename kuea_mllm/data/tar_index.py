@@ -1,4 +1,4 @@
-"""Where the images lie in a tar file, found by reading its headers only."""
+"""Where the images (or other members) lie in a tar file, found by reading its headers only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INDEX_VERSION = 1
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The images of one shard, in file order."""
+    """The images of one shard, or its members of one extension, in file order."""
 
     names: Names
     offsets: np.ndarray
@@ -32,12 +32,13 @@ class ShardIndex:
         return len(self.offsets)
 
 
-def index_shard(path: str, cache: Path | None) -> ShardIndex:
+def index_shard(path: str, cache: Path | None, *, extension: str | None = None) -> ShardIndex:
     """Return the images of a shard, from the cache if the file is the one indexed before.
 
     Args:
         path: The tar file.
         cache: Folder of indexes; None always reads the headers.
+        extension: Return the members with this webdataset extension ("cls") instead of the images.
 
     Raises:
         DataError: If the file is missing, compressed, damaged or cut short; names the place.
@@ -49,11 +50,21 @@ def index_shard(path: str, cache: Path | None) -> ShardIndex:
     sidecar = None
     if cache is not None:
         key = f"{_INDEX_VERSION}\0{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+        if extension is not None:
+            key += f"\0{extension}"
         sidecar = cache / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:40]}.npz"
         known = _load(sidecar)
         if known is not None:
             return known
-    members = [member for member in read_members(path) if is_image_member(member.name)]
+    members = [
+        member
+        for member in read_members(path)
+        if (
+            is_image_member(member.name)
+            if extension is None
+            else member_extension(member.name) == extension
+        )
+    ]
     index = ShardIndex(
         names=Names([member.name for member in members]),
         offsets=np.array([member.offset for member in members], dtype=np.int64),
@@ -102,6 +113,11 @@ class _Positioned:
         size = min(size, self.length - self.position)
         self.position += size
         return size
+
+
+def member_extension(name: bytes) -> str:
+    """Return webdataset's extension: all after the first dot of the file name, in lower case."""
+    return os.fsdecode(os.path.basename(name)).partition(".")[2].lower()  # noqa: PTH119
 
 
 def is_image_member(name: bytes) -> bool:

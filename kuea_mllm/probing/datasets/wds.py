@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import tarfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from kuea_mllm.data.tar import TarImages
+from kuea_mllm.data.tar import TarImages, read_texts
 from kuea_mllm.errors import DataError
 from kuea_mllm.probing.datasets.classes import (
     CLASS_NAMES_FILE,
@@ -47,7 +45,7 @@ def open_wds(folder: Path, split: str, *, name: str) -> ProbeDataset:
             f"{kind_file} says {kind!r}; only classification and retrieval are known.",
         )
     extension = "txt" if kind == "retrieval" else "cls"
-    texts = _texts_of_images(images, shards, extension)
+    texts = _texts_of_images(images, extension)
     if kind == "retrieval":
         captions = tuple(tuple(text.splitlines()) for text in texts)
         return ProbeDataset(name, split, images, str(folder), captions=captions)
@@ -87,29 +85,19 @@ def list_wds_shards(folder: Path, split: str) -> list[str]:
     return [str(shard) for shard in shards]
 
 
-def _texts_of_images(images: TarImages, shards: Sequence[str], extension: str) -> list[str]:
-    texts = dict(_members(shards, extension))
+def _texts_of_images(images: TarImages, extension: str) -> list[str]:
     found = []
-    for index in range(len(images)):
-        shard, _, member = images.name(index).partition(".tar!")
-        key = f"{shard}.tar!{_stem(member)}"
-        if key not in texts:
-            raise DataError(
-                f"image {images.name(index)} has no .{extension} member beside it.",
-                "The shard is incomplete: fetch it again.",
-            )
-        found.append(texts[key])
+    for shard, names in images.member_names():
+        texts = {_stem(name): (name, text) for name, text in read_texts(shard, extension)}
+        for image in names:
+            if (stem := _stem(image)) not in texts:
+                raise DataError(
+                    f"image {shard}!{os.fsdecode(image)} has no .{extension} member beside it.",
+                    "The shard is incomplete: fetch it again.",
+                )
+            name, text = texts[stem]
+            found.append(_decode(text, f"{shard}!{os.fsdecode(name)}"))
     return found
-
-
-def _members(shards: Sequence[str], extension: str) -> Iterator[tuple[str, str]]:
-    for shard in shards:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                if member.isfile() and _extension(member.name) == extension:
-                    content = archive.extractfile(member)
-                    data = b"" if content is None else content.read()
-                    yield f"{shard}!{_stem(member.name)}", _decode(data, f"{shard}!{member.name}")
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -121,14 +109,10 @@ def _decode(data: bytes, where: str) -> str:
         ) from error
 
 
-def _stem(member: str) -> str:
+def _stem(member: bytes) -> bytes:
     # webdataset's rule: the key ends at the first dot of the file name.
-    folder, _, name = member.rpartition("/")
-    return f"{folder}/{name.partition('.')[0]}"
-
-
-def _extension(member: str) -> str:
-    return os.path.basename(member).partition(".")[2].lower()  # noqa: PTH119 - of a tar member
+    folder, _, name = member.rpartition(b"/")
+    return folder + b"/" + name.partition(b".")[0]
 
 
 def _label(text: str, image: str) -> int:
