@@ -115,13 +115,16 @@ def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def summary_remarks(summary: Mapping[str, Any]) -> list[str]:
-    """Say why scores are missing."""
-    return [
-        f"{one_line(column.get('column') or column['task'])} is missing: "
-        f"{one_line(column['missing'])}"
-        for column in summary["columns"].values()
-        if column.get("missing")
-    ]
+    """Say why scores are missing, and what has to be known about others; the same only once."""
+    missing: list[str] = []
+    others: dict[str, list[str]] = {}
+    for column in summary["columns"].values():
+        name = one_line(column.get("column") or column["task"])
+        if column.get("missing"):
+            missing.append(f"{name} is missing: {one_line(column['missing'])}")
+        for remark in column.get("remarks") or ():
+            others.setdefault(one_line(remark), []).append(name)
+    return [*missing, *(f"{', '.join(names)}: {remark}" for remark, names in others.items())]
 
 
 def narrow(row: Sequence[str]) -> list[str]:

@@ -206,7 +206,7 @@ def parse_comparison(comparison: Mapping[str, Any]) -> ComparisonView:
             remarks=_remarks(comparison),
             average_unjudged=_average(unjudged, "without judged") if unjudged else None,
             part_averages=[
-                _average(raw, f"average, {one_line(part)}")
+                _average(raw, _part_average(one_line(part)))
                 for part, raw in (comparison.get("averages") or {}).items()
             ],
             protocols=[one_line(name) for name in settings.get("protocols") or ()],
@@ -307,6 +307,10 @@ def _average(raw: Mapping[str, Any], name: str) -> ColumnView:
         note=one_line(raw.get("note") or ""),
         seeds=_seeds(raw.get("seeds")),
     )
+
+
+def _part_average(part: str) -> str:
+    return part if part.lower().startswith("average") else f"average, {part}"
 
 
 def _verdict(raw: Mapping[str, Any]) -> str:

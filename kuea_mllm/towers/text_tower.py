@@ -95,7 +95,7 @@ class TextTower:
         lengths = torch.full((len(tokens),), tokens.shape[1])
         if self._read_at is not None:
             lengths = self._read_at(tokens) + 1
-        rows = lengths.argsort(stable=True).split(TEXTS_AT_ONCE)
+        rows = torch.split(lengths.argsort(stable=True), TEXTS_AT_ONCE)
         parts = [self._module(tokens[r, : lengths[r[-1]]].to(self._device)) for r in rows]
         embedded = torch.cat([part.float().cpu() for part in parts])
         return embedded[torch.cat(rows).argsort()]
