@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from kuea_mllm.adapters.base import ChatRequest
-from kuea_mllm.adapters.choosing import candidate_tokens, likeliest
+from kuea_mllm.adapters.choosing import likeliest
 from kuea_mllm.adapters.generation import check_generation_options
+from kuea_mllm.adapters.hf_vlm.answering import answer_tokens
 from kuea_mllm.adapters.hf_vlm.sharing import ImageSharing
 from kuea_mllm.adapters.hf_vlm.structure import conversing_class, find_tower
 from kuea_mllm.adapters.images import as_plain_rgb
 from kuea_mllm.adapters.loading import failures_named, load_model, resolve_device, resolve_dtype
 from kuea_mllm.errors import EnvironmentFailure, UserError
+
+# Those that put a single image whole into the middle of a square; others tile, stretch or crop.
+_PADDING = {"DeepseekVLHybridImageProcessor", "DeepseekVLImageProcessor", "LlavaImageProcessor"}
 
 _RESTORE = "Restore chat_template.jinja and processor_config.json from the base model."
 
@@ -56,6 +60,7 @@ class HFVLMRuntime:
             pad_token_id=self.tokenizer.pad_token_id,
         )
         self.sharing = ImageSharing(model, self.tokenizer.pad_token_id)
+        self._choices: dict[tuple[str, ...], list[int]] = {}
 
     @classmethod
     def load(cls, model_dir: Path, *, dtype: str, device: str) -> HFVLMRuntime:
@@ -131,10 +136,10 @@ class HFVLMRuntime:
 
         Raises:
             UserError: Naming a candidate that is not one token of its own, or if the model cannot
-                take a question.
+                take a question or begins its answers with something else.
             EnvironmentFailure: If the device runs out of memory.
         """
-        tokens = candidate_tokens(self.tokenizer, candidates)
+        tokens = self._tokens_of(tuple(candidates))
         chosen: dict[int, str] = {}
         for positions in _same_image_counts(requests):
             group = [requests[position] for position in positions]
@@ -188,6 +193,7 @@ class HFVLMRuntime:
             "attention": self.model.config._attn_implementation,
             "conversation": "chat template of the model",
             "images": type(self.processor.image_processor).__name__,
+            "pads_to_square": _pads_to_square(self.processor.image_processor),
             "tower": self._tower.path,
             "suppressed_tokens": len(self._suppressed),
         }
@@ -221,6 +227,11 @@ class HFVLMRuntime:
                 f"out of memory on {self.model.device} while answering {count} questions at once.",
                 "Choose a smaller --batch-size, a smaller dtype or a larger device.",
             ) from error
+
+    def _tokens_of(self, candidates: tuple[str, ...]) -> list[int]:
+        if candidates not in self._choices:
+            self._choices[candidates] = answer_tokens(self.processor, candidates, self._where)
+        return self._choices[candidates]
 
     def _conversation(self, request: ChatRequest) -> list[dict[str, Any]]:
         question = request.prompt
@@ -269,6 +280,11 @@ def require_chat(processor: Any, where: str) -> None:
             "Swapping and verifying work without one. To ask questions, add the "
             "chat_template.jinja that the model was trained with, or use an adapter of its own.",
         )
+
+
+def _pads_to_square(image_processor: Any) -> bool:
+    name = type(image_processor).__name__.removesuffix("Fast").removesuffix("Pil")
+    return name in _PADDING and bool(image_processor.do_pad)
 
 
 def _same_image_counts(requests: Sequence[ChatRequest]) -> list[list[int]]:

@@ -116,15 +116,21 @@ def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
 
 def summary_remarks(summary: Mapping[str, Any]) -> list[str]:
     """Say why scores are missing, and what has to be known about others; the same only once."""
-    missing: list[str] = []
+    missing: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}
     for column in summary["columns"].values():
         name = one_line(column.get("column") or column["task"])
         if column.get("missing"):
-            missing.append(f"{name} is missing: {one_line(column['missing'])}")
+            missing.setdefault(one_line(column["missing"]), []).append(name)
         for remark in column.get("remarks") or ():
             others.setdefault(one_line(remark), []).append(name)
-    return [*missing, *(f"{', '.join(names)}: {remark}" for remark, names in others.items())]
+    return [
+        *(
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing: {why}"
+            for why, names in missing.items()
+        ),
+        *(f"{', '.join(names)}: {remark}" for remark, names in others.items()),
+    ]
 
 
 def narrow(row: Sequence[str]) -> list[str]:

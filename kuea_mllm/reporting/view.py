@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.reporting.text import interval, one_line, percent, plain, points
+from kuea_mllm.reporting.text import (
+    grouped,
+    interval,
+    one_line,
+    percent,
+    plain,
+    points,
+)
 
 VERDICTS = ("better", "worse", "cannot tell")
 NOT_TESTED = "not tested"
@@ -175,7 +182,7 @@ class ComparisonView:
     @property
     def notes(self) -> list[str]:
         """What is to be kept in mind about single rows: few images, seeds that disagree."""
-        return [f"{row.task}: {row.note}" for row in self.rows if row.note]
+        return grouped((row.task, row.note) for row in self.rows if row.note)
 
     @property
     def level_text(self) -> str:
@@ -338,16 +345,23 @@ def _remarks(comparison: Mapping[str, Any]) -> list[str]:
     for side, tasks in (comparison.get("only_in") or {}).items():
         if tasks:
             remarks.append(f"Only the {side} has: {one_line(', '.join(tasks))}.")
+    left_out: dict[str, list[str]] = {}
     for column in comparison["columns"].values():
         name = one_line(column.get("column") or column["task"])
         if column.get("missing"):
-            remarks.append(f"{name} is missing: {one_line(column['missing'])}")
+            left_out.setdefault(f"missing: {one_line(column['missing'])}", []).append(name)
         elif column.get("reason"):
-            remarks.append(f"{name} is not paired: {one_line(column['reason'])}")
+            left_out.setdefault(f"not paired: {one_line(column['reason'])}", []).append(name)
     excluded = (comparison.get("average") or {}).get("excluded") or {}
     for task, reason in excluded.items():
         column = comparison["columns"].get(task) or {}
         if not column.get("reason"):
             name = one_line(column.get("column") or task)
-            remarks.append(f"{name} is not in the average: {one_line(reason)}")
-    return remarks
+            left_out.setdefault(f"not in the average: {one_line(reason)}", []).append(name)
+    return [
+        *remarks,
+        *(
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {why}"
+            for why, names in left_out.items()
+        ),
+    ]
