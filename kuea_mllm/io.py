@@ -23,6 +23,9 @@ LOGGER = logging.getLogger("kuea_mllm")
 
 # Between the creation of a partial directory and its lock there are microseconds.
 _FRESH_SECONDS = 10.0
+_NOTHING_LEFT = (
+    "Free some space (or choose another --out) and run the command again; nothing was left behind."
+)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -200,11 +203,11 @@ def name_disk_error(
     """
     if not _is_disk_full(error):
         return error
+    # Whoever gave a remedy of its own knows which disk it is: a cache may lie on another one.
+    if isinstance(error, EnvironmentFailure) and error.remedy not in ("", _NOTHING_LEFT):
+        return error
     return EnvironmentFailure(
-        f"no space left on device while writing {destination}.",
-        remedy
-        or "Free some space (or choose another --out) and run the command again; "
-        "nothing was left behind.",
+        f"no space left on device while writing {destination}.", remedy or _NOTHING_LEFT
     )
 
 

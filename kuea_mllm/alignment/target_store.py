@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kuea_mllm.data.cache import mark_used
 from kuea_mllm.errors import DataError, EnvironmentFailure, OutputError, UserError
 from kuea_mllm.io import disk_errors_named, read_json, write_json
 from kuea_mllm.manifest import library_versions, utc_now
@@ -99,7 +100,9 @@ class EmbeddingStore:
         directory = root / f"{PREFIX}{key.digest}"
         if not (directory / "cache.json").exists():
             _create(directory, key, description)
-        return cls.at(directory, key)
+        store = cls.at(directory, key)
+        mark_used(directory / "cache.json")
+        return store
 
     @classmethod
     def at(cls, directory: Path, key: CacheKey | None = None) -> EmbeddingStore:
@@ -184,6 +187,11 @@ class EmbeddingStore:
     def disk_bytes(self) -> int:
         """Return what its files take on disk; holes take nothing."""
         return sum(f.stat().st_blocks * 512 for f in self.directory.iterdir() if f.is_file())
+
+    @property
+    def used(self) -> float:
+        """When it was last opened or written to, in seconds since 1970."""
+        return max((self.directory / name).stat().st_mtime for name in ("cache.json", "done.npy"))
 
     def needed_bytes(self, count: int) -> int:
         """Return the most that `count` more rows can take on disk: files grow by whole pages."""

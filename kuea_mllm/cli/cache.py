@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +15,10 @@ from kuea_mllm.cli.common import Json, SetOption, print_json, verb
 
 if TYPE_CHECKING:
     from kuea_mllm.alignment.target_inputs import TargetCache
+    from kuea_mllm.workflows.caches import Kept
 
 app = typer.Typer(
-    help="Keep the embeddings of frozen towers on disk.\n\n"
+    help="Build, list and remove what is kept because it takes long to compute.\n\n"
     "Caches lie in --dir, else targets.directory, else $KUEA_MLLM_CACHE, else $HF_HOME/kuea_mllm.",
     no_args_is_help=True,
 )
@@ -25,8 +29,11 @@ Teacher = Annotated[str | None, typer.Option(help="Vision model: HF directory or
 Images = Annotated[str | None, typer.Option(help="Training images.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")]
 Directory = Annotated[Path | None, typer.Option("--dir", help="Folder of caches.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 _MISMATCH = 1e-3
+_DAY = 86400.0
+_HEADING = f"{'cache':<16}  {'kind':<14}  {'holds':>15}  {'done':>7}  {'size':>8}  used"
 
 
 @app.command()
@@ -130,42 +137,23 @@ def verify(
 @app.command("ls")
 @verb
 def list_caches(directory: Directory = None, json_output: Json = False) -> None:
-    """List the caches."""
-    from kuea_mllm.alignment.target_store import PREFIX, cache_root, list_stores
+    """List what is kept: targets, features of probes, mixtures, indexes of shards and more."""
+    from kuea_mllm.alignment.target_store import cache_root
+    from kuea_mllm.workflows.caches import list_kept
 
     root = cache_root(directory)
-    rows: list[dict[str, Any]] = []
-    for path, store, problem in list_stores(root):
-        row: dict[str, Any] = {"cache": path.name.removeprefix(PREFIX), "problem": problem or None}
-        if store is not None:
-            row |= {
-                "model": store.description,
-                "width": store.key.width,
-                "precision": store.key.precision,
-                "images": store.key.population,
-                "done": int(store.done.sum()),
-                "bytes": store.disk_bytes(),
-                "created": store.created,
-            }
-        rows.append(row)
+    found = list_kept(root)
     if json_output:
-        print_json({"root": str(root), "caches": rows})
+        print_json({"root": str(root), "caches": [_as_json(each) for each in found]})
         return
-    if not rows:
+    if not found:
         typer.echo(f"no caches in {root}")
         return
-    typer.echo(f"{'cache':<16}  {'images':>9}  {'done':>6}  {'size':>9}  {'numbers':>12}  model")
-    for row in rows:
-        if row["problem"]:
-            typer.echo(f"{row['cache']:<16}  {row['problem']}")
-            continue
-        share = f"{100 * row['done'] / row['images']:.4g} %"
-        numbers = f"{row['width']} {row['precision']}"
-        typer.echo(
-            f"{row['cache']:<16}  {row['images']:>9}  {share:>6}  {row['bytes'] / 1e6:>6.1f} MB  "
-            f"{numbers:>12}  {row['model']}"
-        )
-    typer.echo(f"in {root}")
+    typer.echo(_HEADING)
+    for each in found:
+        for line in _lines(each):
+            typer.echo(line)
+    typer.echo(f"{_size(sum(each.bytes for each in found))} in {root}")
 
 
 @app.command("rm")
@@ -175,26 +163,106 @@ def remove(
         list[str] | None, typer.Argument(help="Caches as `ls` names them.", show_default=False)
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All caches of the folder.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     directory: Directory = None,
 ) -> None:
     """Remove caches; they are built again when they are needed."""
-    from kuea_mllm.alignment.target_store import PREFIX, cache_root, remove_store
+    from kuea_mllm.alignment.target_store import cache_root
     from kuea_mllm.errors import UserError
+    from kuea_mllm.workflows.caches import list_kept
 
     root = cache_root(directory)
-    present = sorted(path.name.removeprefix(PREFIX) for path in root.glob(f"{PREFIX}*"))
     if everything == bool(caches):
         raise UserError("name the caches to remove, or give --all.", "See `kuea-mllm cache ls`.")
-    chosen = present if everything else [name.removeprefix(PREFIX) for name in caches or []]
+    present = {each.name: each for each in list_kept(root)}
+    chosen = list(present) if everything else [_plain(name) for name in caches or []]
     for name in chosen:
         if name not in present:
             raise UserError(f"there is no cache '{name}' in {root}.", "See `kuea-mllm cache ls`.")
-    for name in chosen:
-        if not yes and not typer.confirm(f"Remove cache {name}?"):
-            continue
-        remove_store(root / f"{PREFIX}{name}")
-        typer.echo(f"removed {name}")
+    _remove([present[name] for name in dict.fromkeys(chosen)], yes=yes)
+
+
+@app.command()
+@verb
+def prune(
+    unused: Annotated[
+        float, typer.Option("--unused-days", min=0, help="Not read or written for so long.")
+    ] = 30.0,
+    yes: Yes = False,
+    directory: Directory = None,
+) -> None:
+    """Remove what was not used for some time, and what is damaged."""
+    from kuea_mllm.alignment.target_store import cache_root
+    from kuea_mllm.workflows.caches import list_kept
+
+    root = cache_root(directory)
+    limit = time.time() - unused * _DAY
+    old = [each for each in list_kept(root) if each.problem or each.used <= limit]
+    if not old:
+        typer.echo(f"nothing in {root} is damaged or was unused for {unused:g} days")
+        return
+    if not yes:
+        typer.echo(_HEADING)
+        for each in old:
+            for line in _lines(each):
+                typer.echo(line)
+        size = _size(sum(each.bytes for each in old))
+        if not typer.confirm(f"Remove these {len(old)} ({size})?"):
+            return
+    _remove(old, yes=True)
+
+
+def _remove(chosen: Sequence[Kept], *, yes: bool) -> None:
+    for each in chosen:
+        what = f"{each.name} ({each.kind}, {_size(each.bytes)})"
+        if yes or typer.confirm(f"Remove cache {what}?"):
+            each.remove()
+            typer.echo(f"removed {what}")
+
+
+def _lines(kept: Kept) -> list[str]:
+    head = f"{kept.name:<16}  {kept.kind:<14}"
+    used = datetime.fromtimestamp(kept.used).strftime("%Y-%m-%d")
+    if kept.problem:
+        return [f"{head}  damaged: {kept.problem}"]
+    share = "whole" if kept.is_complete else f"{100 * kept.done / kept.count:.4g} %"
+    about = f"{kept.count} {kept.unit}"
+    lines = [f"{head}  {about:>15}  {share:>7}  {_size(kept.bytes):>8}  {used}", f"  {kept.model}"]
+    if "width" in kept.details:
+        lines[1] += f" ({kept.details['width']} numbers, {kept.details['precision']})"
+    if first := kept.details.get("first_image"):
+        lines.append(f"  first image: {first}")
+    return lines
+
+
+def _as_json(kept: Kept) -> dict[str, Any]:
+    used = datetime.fromtimestamp(kept.used, UTC).replace(microsecond=0).isoformat()
+    return {
+        "cache": kept.name,
+        "kind": kept.kind,
+        "problem": kept.problem,
+        "model": kept.model or None,
+        kept.unit or "images": kept.count,
+        "done": kept.done,
+        "complete": kept.is_complete,
+        "bytes": kept.bytes,
+        "used": used,
+        **kept.details,
+    }
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def _plain(name: str) -> str:
+    """Return a name as `ls` shows it, of one that was copied from the folder."""
+    for prefix in ("embeddings-", "features-"):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _open(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ def probe(
     tower: Annotated[
         str,
         typer.Argument(
+            metavar="TOWER",
             help="A tower: directory, checkpoint file or Hub id; or the directory of a projection.",
             show_default=False,
         ),
@@ -40,7 +41,9 @@ def probe(
     out: Out,
     against: Annotated[
         str | None,
-        typer.Option(help="Another tower: score it too, and compare TOWER with it."),
+        typer.Option(
+            metavar="TOWER", help="Another tower: score it too, and compare TOWER with it."
+        ),
     ] = None,
     suite: Annotated[
         str | None,
@@ -138,6 +141,8 @@ def probe(
         from kuea_mllm.reporting.tables import print_summary
 
         print_summary(summary)
+        for line in _averages(recipes, summary):
+            typer.echo(line)
         typer.echo(f"results: {out}")
     else:
         _run_pair(tower, against, how, out, (resume, restart), json_output=json_output)
@@ -164,6 +169,23 @@ def _run_pair(
     typer.echo(f"report: {out / REPORT}")
 
 
+def _averages(recipes: Sequence[ProbeRecipe], summary: Mapping[str, Any]) -> list[str]:
+    """Return a line for each average of the recipes whose data sets were all scored."""
+    entries = list(summary["columns"].values())
+    lines = []
+    for recipe in recipes:
+        for name, covered in recipe.averages.items():
+            scores = [
+                entry["score"]
+                for entry in entries
+                if entry["column"] in covered and entry["suite"] == f"probe-{recipe.suite}"
+            ]
+            if len(scores) == len(covered):
+                mean = 100 * sum(scores) / len(scores)
+                lines.append(f"{name}, mean of {len(scores)}: {mean:.2f}")
+    return lines
+
+
 def _load(
     suite: str | None, recipe: str | None, settings: Mapping[str, object], overrides: list[str]
 ) -> list[ProbeRecipe]:
@@ -188,10 +210,22 @@ def _load(
             )
     return [
         load_recipe(
-            f"probe/{name.replace('-', '_')}", ProbeRecipe, settings=settings, overrides=overrides
+            f"probe/{name.replace('-', '_')}",
+            ProbeRecipe,
+            settings=settings,
+            overrides=[text for text in overrides if _is_for(text, name, names)],
         )
         for name in dict.fromkeys(names)
     ]
+
+
+def _is_for(override: str, suite: str, suites: Sequence[str]) -> bool:
+    """Tell whether a suite gets an override: a section goes to its own one, if that is asked for.
+
+    Without it every suite gets the override, and its recipe says what is wrong.
+    """
+    section = override.split("=", 1)[0].split(".", 1)[0].strip()
+    return section not in suites or section == suite
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -199,13 +233,13 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _print_plan(how: Probing, towers: Sequence[str], *, json_output: bool) -> None:
-    """Check towers and data sets, and print what would be scored; nothing is embedded.
+    """Open towers and data sets, and print what would be scored; nothing is embedded.
 
     Raises:
-        UserError: If something is missing; what was planned is printed before.
+        UserError: If something is missing or incomplete; what was planned is printed before.
     """
     from kuea_mllm.probing.datasets.open import locate
-    from kuea_mllm.workflows.probe_suites import require_data
+    from kuea_mllm.workflows.probe_suites import job_inputs, require_data
 
     entries = []
     for job in how.jobs:
@@ -224,12 +258,18 @@ def _print_plan(how: Probing, towers: Sequence[str], *, json_output: bool) -> No
     if json_output:
         print_json({"towers": list(towers), "device": how.place.device, "datasets": entries})
     else:
-        for entry in entries:
+        for job, entry in zip(how.jobs, entries, strict=True):
             where = entry["folder"] or ("the Hub" if how.place.data is None else "missing")
+            faults = f", faults: {', '.join(job.faults)}" if job.faults else ""
             typer.echo(
                 f"{entry['suite']}: {entry['name']}, {entry['metric']}, "
-                f"{entry['documents']} documents, {where}"
+                f"{job.data.documents:,} documents expected{faults}, {where}"
             )
     require_data(how.jobs, how.place.data)
-    for tower in towers:
-        how.open(tower)
+    subjects = [how.open(tower) for tower in towers]
+    if how.place.data is not None:
+        for job in how.jobs:
+            job_inputs(job, subjects[0], how.place)
+    if not json_output:
+        what = "Towers" if how.place.data is None else "Towers and data sets"
+        typer.echo(f"{what} can be opened.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -16,3 +17,12 @@ def cache_folder() -> Path:
         return Path(own).expanduser()
     home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface")
     return Path(home).expanduser() / "kuea_mllm"
+
+
+def mark_used(path: Path) -> None:
+    """Give a file the present time, by which `kuea-mllm cache` tells when a thing was used.
+
+    A cache that several people share may belong to another of them; then its age is not known.
+    """
+    with contextlib.suppress(PermissionError):
+        os.utime(path)

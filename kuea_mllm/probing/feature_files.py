@@ -13,16 +13,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kuea_mllm.data.cache import mark_used
 from kuea_mllm.errors import DataError
 from kuea_mllm.io import disk_errors_named, read_json, write_json
 from kuea_mllm.manifest import library_versions, utc_now
 
 SCHEMA_VERSION = 1
+PREFIX = "features-"
 Dtype = Literal["float32", "bfloat16", "float16"]
 Features = NDArray[np.float32]
-ROWS_FILE = "embeddings.npy"
+ROWS_FILE, CHECKSUMS_FILE, RECORD_FILE = "embeddings.npy", "checksums.npy", "features.json"
 
-_CHECKSUMS = "checksums.npy"
 _REMEDY = (
     "Free some space and run the command again: it goes on where it stopped. Or choose another "
     "place with $KUEA_MLLM_CACHE."
@@ -57,10 +58,20 @@ class FeatureKey:
 
 
 class FeatureFiles:
-    """The files of a store while it grows; `features.json` says how many rows are whole."""
+    """The files of a store while it grows; `features.json` says how many rows are whole.
 
-    def __init__(self, directory: Path, key: FeatureKey, description: str) -> None:
-        self.directory, self.key, self._description = directory, key, description
+    Args:
+        directory: The store.
+        key: What its rows depend on.
+        description: The model, in words.
+        first_image: Name of the first image, by which people know the data set.
+    """
+
+    def __init__(
+        self, directory: Path, key: FeatureKey, description: str, first_image: str = ""
+    ) -> None:
+        self.directory, self.key = directory, key
+        self._description, self._first_image = description, first_image
         self.shards: list[list[int]] = []  # [rows, crc32 of their bytes] of each shard
         self._created = utc_now()
 
@@ -76,7 +87,7 @@ class FeatureFiles:
             DataError: If what is there is damaged, or of another key.
             EnvironmentFailure: If the disk is full.
         """
-        path = self.directory / "features.json"
+        path = self.directory / RECORD_FILE
         if not path.exists():
             with self._disk():
                 for name, shape, dtype in self._layout():
@@ -91,6 +102,7 @@ class FeatureFiles:
         self.shards = [[int(rows), int(crc)] for rows, crc in content["shards"]]
         self._created = str(content["created"])
         self._verify({name: self._map(name, shape, d) for name, shape, d in self._layout()})
+        mark_used(path)
 
     def _map(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         try:
@@ -113,14 +125,14 @@ class FeatureFiles:
         """Write one shard; it counts only when it is on disk."""
         first = self.rows
         with self._disk():
-            for name, values in ((ROWS_FILE, rows), (_CHECKSUMS, checksums)):
+            for name, values in ((ROWS_FILE, rows), (CHECKSUMS_FILE, checksums)):
                 self._write(name, first, values)
             self.shards.append([len(rows), zlib.crc32(rows.data)])
             self._save()
 
     def pixel_checksum(self, position: int) -> int:
         """Return the crc32 of the pixels that a row was computed from."""
-        return int(np.load(self.directory / _CHECKSUMS, mmap_mode="r")[position])
+        return int(np.load(self.directory / CHECKSUMS_FILE, mmap_mode="r")[position])
 
     def _write(self, name: str, first: int, values: NDArray[Any]) -> None:
         # Written and not stored through the map: a full disk is then an error, no SIGBUS.
@@ -140,7 +152,7 @@ class FeatureFiles:
         count = self.key.count
         return [
             (ROWS_FILE, (count, self.key.width), np.dtype("<f4")),
-            (_CHECKSUMS, (count,), np.dtype("<u4")),
+            (CHECKSUMS_FILE, (count,), np.dtype("<u4")),
         ]
 
     def _save(self) -> None:
@@ -148,18 +160,25 @@ class FeatureFiles:
             "schema_version": SCHEMA_VERSION,
             "kind": "features",
             "embedder": self._description,
+            "first_image": self._first_image,
             "key": asdict(self.key),
             "shards": self.shards,
             "created": self._created,
             "versions": library_versions(),
         }
-        write_json(self.directory / "features.json", content)
+        write_json(self.directory / RECORD_FILE, content)
 
     def _disk(self) -> Any:
         return disk_errors_named(self.directory, remedy=_REMEDY)
 
     def _damaged(self, problem: str) -> DataError:
-        return DataError(
-            f"cache {self.directory} cannot be used: {problem}.",
-            "Remove the directory; it is built again when it is needed.",
-        )
+        return damaged_store(self.directory, problem)
+
+
+def damaged_store(directory: Path, problem: str) -> DataError:
+    """Return the error for a store that cannot be used."""
+    return DataError(
+        f"cache {directory} cannot be used: {problem}.",
+        f"Remove the directory (`kuea-mllm cache rm {directory.name.removeprefix(PREFIX)}`); it is "
+        "built again when it is needed.",
+    )

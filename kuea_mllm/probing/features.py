@@ -7,12 +7,9 @@ in the order of the images, a shard at a time; what was interrupted goes on at t
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +23,22 @@ from tqdm.auto import tqdm
 
 from kuea_mllm.data.cache import cache_folder
 from kuea_mllm.data.source import ImageSource, as_raised_in_worker
-from kuea_mllm.errors import DataError, EnvironmentFailure, KueaError, OutputError, TowerError
+from kuea_mllm.errors import DataError, KueaError, TowerError
 from kuea_mllm.log import LOGGER
 from kuea_mllm.probing.embedder import ImageEmbedder, PixelRule, checksum
-from kuea_mllm.probing.feature_files import ROWS_FILE, Dtype, FeatureFiles, FeatureKey, Features
+from kuea_mllm.probing.feature_files import (
+    PREFIX,
+    ROWS_FILE,
+    Dtype,
+    FeatureFiles,
+    FeatureKey,
+    Features,
+)
+from kuea_mllm.probing.kept_features import locked_store
 
-PREFIX = "features-"
 SHARD_ROWS = 4096
+SHARD_SECONDS = 30.0
+"""A shard is written at least as often, so that a kill costs little."""
 
 _SPOT_CHECKS = 8
 
@@ -118,15 +124,8 @@ def extract(images: ImageSource, embedder: ImageEmbedder, how: Extraction) -> Fe
         width=embedder.width,
     )
     directory = how.root / f"{PREFIX}{key.digest}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cache {directory} cannot be created: {error.strerror}.",
-            "Choose another place with $KUEA_MLLM_CACHE.",
-        ) from error
-    with _locked(directory):
-        part = FeatureFiles(directory, key, embedder.description)
+    with locked_store(directory):
+        part = FeatureFiles(directory, key, embedder.description, images.name(0))
         part.open()
         _spot_check(images, embedder, part)
         todo = key.count - part.rows
@@ -135,7 +134,10 @@ def extract(images: ImageSource, embedder: ImageEmbedder, how: Extraction) -> Fe
             LOGGER.info("features: %d of %d images to embed, into %s", todo, key.count, directory)
             _compute(images, embedder, how, part)
         seconds = max(time.perf_counter() - started, 1e-9)
-    return FeatureStore(directory, key, todo, todo / seconds if todo else 0.0)
+        store = FeatureStore(directory, key, todo, todo / seconds if todo else 0.0)
+        # Mapped now: another process may remove the store, and what is mapped stays readable.
+        _ = store.embeddings
+    return store
 
 
 class _Pixels(Dataset[tuple[Tensor, int]]):
@@ -161,6 +163,7 @@ def _compute(
     first = part.rows
     kept: list[Features] = []
     sums: list[NDArray[np.uint32]] = []
+    written = time.monotonic()
     with tqdm(
         total=part.key.count,
         initial=first,
@@ -175,9 +178,10 @@ def _compute(
             kept.append(rows)
             sums.append(checksums.numpy().astype("<u4"))
             bar.update(len(rows))
-            if sum(map(len, kept)) >= SHARD_ROWS or first == part.key.count:
+            is_due = time.monotonic() - written >= SHARD_SECONDS
+            if is_due or sum(map(len, kept)) >= SHARD_ROWS or first == part.key.count:
                 part.append(np.concatenate(kept), np.concatenate(sums))
-                kept, sums = [], []
+                kept, sums, written = [], [], time.monotonic()
 
 
 def _batches(
@@ -229,22 +233,3 @@ def _spot_check(images: ImageSource, embedder: ImageEmbedder, part: FeatureFiles
                 "Restore the image, or remove that directory. If all images differ, an image "
                 "library decodes them in another way than then.",
             )
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            LOGGER.info("features: waiting for another process that computes %s", directory)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise EnvironmentFailure(
-                f"cache {directory} cannot be locked: {error.strerror}.",
-                "Choose a place on another disk with $KUEA_MLLM_CACHE.",
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ a patch are all those that one of its pixels has; "unlabeled" counts only where 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kuea_mllm.data.folder import FolderImages
 from kuea_mllm.data.source import ImageSource, read_image
 from kuea_mllm.data.transforms import resizable, to_channels_first
 from kuea_mllm.errors import DataError
+from kuea_mllm.probing.datasets.content import sample_checksums
 from kuea_mllm.probing.datasets.dataset import SomeImages
 
 Flags = NDArray[np.bool_]
@@ -124,6 +126,13 @@ class LabelledPictures:
             path = self.label_file(index)
             digest.update(f"{path.name}:{path.stat().st_size};".encode())
         return f"sha256:{digest.hexdigest()}"
+
+    def content_fingerprint(self) -> str:
+        """Hash the same, and the pixels of a few pictures and label maps."""
+        pixels = sample_checksums(len(self), self.images.read)
+        maps = sample_checksums(len(self), lambda index: read_image(self.label_file(index)))
+        content = json.dumps([self.fingerprint(), pixels, maps])
+        return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def open_coco_stuff(folder: Path, split: str) -> LabelledPictures:

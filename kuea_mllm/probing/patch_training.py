@@ -7,10 +7,13 @@ AdamW works number by number, so that a head comes out as it would alone.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from kuea_mllm.data.source import as_raised_in_worker
-from kuea_mllm.errors import DataError, KueaError, TowerError, TrainingDiverged
+from kuea_mllm.errors import DataError, EnvironmentFailure, KueaError, TowerError, TrainingDiverged
 from kuea_mllm.log import LOGGER
+from kuea_mllm.probing.patch_checkpoint import PatchCheckpoint
 from kuea_mllm.probing.patch_heads import HeadKind, Task, TokenShape, make_head
 from kuea_mllm.probing.patch_labels import (
     COCO_STUFF_CLASSES,
@@ -30,10 +34,12 @@ from kuea_mllm.probing.patch_labels import (
     patch_classes,
     picture_classes,
 )
+from kuea_mllm.probing.patch_order import EpochOrders
 from kuea_mllm.probing.patch_tally import Tally, join, tally
 
 TASKS: tuple[Task, ...] = ("local", "global")
 _LOG_EVERY = 100
+_FREE = frozenset(("workers", "device", "selection"))  # what no training depends on
 _DAMAGED = "The tower's weights are damaged: `kuea-mllm inspect TOWER`."
 
 
@@ -108,6 +114,7 @@ def train_heads(
     train: LabelledPictures,
     validation: LabelledPictures,
     how: PatchSettings,
+    kept: Path | None = None,
 ) -> list[dict[Task, Tally]]:
     """Train a head for each task and score it after every epoch.
 
@@ -119,11 +126,14 @@ def train_heads(
         train: Pictures to train on.
         validation: Pictures to score.
         how: See `PatchSettings`.
+        kept: Folder that finished epochs are kept in, and gone on from; None keeps none. A training
+            that went on comes to the same numbers as one that was never stopped.
 
     Returns:
         What was found, for each epoch and task.
 
     Raises:
+        UserError: If `kept` is of another tower, other pictures or settings.
         DataError: If there is no full batch, or a label map is wrong.
         UnreadableImage: If a file is damaged.
         TowerError: If tokens are not finite; names the picture.
@@ -142,14 +152,34 @@ def train_heads(
             total,
             how.warmup_steps,
         )
+    checkpoint = None
+    if kept is not None:
+        checkpoint = PatchCheckpoint(kept, _key(encoder, train, validation, how))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _HeadTrainer(encoder, train, validation, how, total, folder)
+        trainer = _HeadTrainer(encoder, train, validation, how, total, folder, checkpoint)
         try:
             trainer.check_encoder()
-            trainer.train()
+            if len(trainer.found) < how.epochs:
+                trainer.train()
         except KueaError as error:
             raise as_raised_in_worker(error) from None
     return trainer.found
+
+
+def _key(
+    encoder: TokenEncoder, train: LabelledPictures, validation: LabelledPictures, how: PatchSettings
+) -> dict[str, str]:
+    """Return all that the numbers depend on, by what to call it."""
+    settings = {key: value for key, value in asdict(how).items() if key not in _FREE}
+    content = json.dumps(settings, sort_keys=True)
+    return {
+        "tower": encoder.fingerprint,
+        "training pictures": train.content_fingerprint(),
+        "validation pictures": validation.content_fingerprint(),
+        # Tokens and heads are computed in bfloat16 on CUDA.
+        "kind of device": torch.device(how.device).type,
+        "settings": hashlib.sha256(content.encode()).hexdigest(),
+    }
 
 
 class PatchExamples(Dataset[dict[str, Tensor]]):
@@ -219,18 +249,24 @@ class _HeadTrainer(Trainer):
         how: PatchSettings,
         total: int,
         folder: str,
+        checkpoint: PatchCheckpoint | None,
     ) -> None:
         if how.device.startswith("cuda:"):
             torch.cuda.set_device(how.device)
-        self.how, self.found, self._pictures = how, list[dict[Task, Tally]](), validation
+        self.how, self._pictures, self._checkpoint = how, validation, checkpoint
         encoder.module.to(how.device).eval()
         model = _Heads(encoder, how).to(how.device)
         parameters = model.parameters()
         optimizer = torch.optim.AdamW(parameters, lr=how.lr, weight_decay=how.weight_decay)
         schedule = LambdaLR(optimizer, lambda step: learning_rate(step, total, how) / how.lr)
+        self._trained = (model.heads, optimizer, schedule)
+        self.found = [] if checkpoint is None else checkpoint.read(*self._trained)
+        self._steps_before = len(self.found) * (len(train) // how.batch_size)
+        if self.found:
+            LOGGER.info("patch probe: going on after epoch %d of %d", len(self.found), how.epochs)
         arguments = TrainingArguments(
             output_dir=folder,
-            num_train_epochs=how.epochs,
+            num_train_epochs=how.epochs - len(self.found),
             per_device_train_batch_size=how.batch_size,
             max_grad_norm=0.0,
             use_cpu=how.device == "cpu",
@@ -269,8 +305,9 @@ class _HeadTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return full batches in an order that only the seed decides."""
-        order = torch.Generator().manual_seed(self.how.seed)
-        return self._loader(self.train_dataset, shuffle=True, drop_last=True, generator=order)
+        examples: Any = self.train_dataset
+        orders = EpochOrders(len(examples), self.how.seed, len(self.found))
+        return self._loader(examples, sampler=orders, drop_last=True)
 
     def compute_loss(
         self,
@@ -320,12 +357,27 @@ class _HeadTrainer(Trainer):
             self.how.epochs,
             ", ".join(f"{task} {score:.2f}" for task, score in scores.items()),
         )
+        self._keep()
         return {f"eval_{task}": score for task, score in scores.items()}
+
+    def _keep(self) -> None:
+        if self._checkpoint is None:
+            return
+        try:
+            self._checkpoint.write(*self._trained, self.found)
+        except EnvironmentFailure as error:
+            # What is kept takes far more room than the results, which may well have enough.
+            LOGGER.warning(
+                "%s Epoch %d is not kept: the training goes on, but could not go on after a stop.",
+                error.problem,
+                len(self.found),
+            )
 
     def log(self, logs: dict[str, float], *_: Any, **__: Any) -> None:
         """Write the loss to the log; nothing is kept."""
         if "loss" in logs:
-            LOGGER.info("patch probe: step %d, loss %.5f", self.state.global_step, logs["loss"])
+            step = self._steps_before + self.state.global_step
+            LOGGER.info("patch probe: step %d, loss %.5f", step, logs["loss"])
 
     def _require_finite(self, values: Tensor, batch: int) -> None:
         is_finite = values.isfinite().all(2).all(1)

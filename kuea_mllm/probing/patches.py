@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def probe_patches(
     validation: LabelledPictures,
     *,
     how: PatchSettings | None = None,
+    kept: Path | None = None,
     details: dict[str, Any] | None = None,
 ) -> list[ProbeColumn]:
     """Train heads on the tokens of one split and score them on another.
@@ -47,6 +49,7 @@ def probe_patches(
         train: Pictures to train on.
         validation: Pictures to score.
         how: See `PatchSettings`.
+        kept: Folder that finished epochs are kept in, see `patch_training.train_heads`.
         details: More to note about how it was made.
 
     Returns:
@@ -58,9 +61,10 @@ def probe_patches(
         UnreadableImage: If a file is damaged.
         TowerError: If tokens are not finite.
         TrainingDiverged: If a head's weights are not finite after an epoch.
+        UserError: If `kept` is of another tower, other pictures or settings.
     """
     how = how or PatchSettings()
-    found = train_heads(encoder, train, validation, how)
+    found = train_heads(encoder, train, validation, how, kept)
     notes = {
         "dataset": _describe(validation),
         "train": _describe(train),

@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from kuea_mllm.workflows.against import (
     REPORT,
     require_pair_startable,
 )
+from kuea_mllm.workflows.probe_inputs import require_same_inputs
 from kuea_mllm.workflows.probe_results import (
     SUITE_PREFIX,
     THUMBNAILS,
@@ -60,6 +61,7 @@ from kuea_mllm.workflows.probe_suites import (
     NEEDS_TEXT,
     Job,
     ProbePlace,
+    job_inputs,
     require_data,
     run_job,
 )
@@ -157,6 +159,11 @@ def probe(
         subject = how.open(reference)
         model = subject.describe()
         kept.claim(_model_key(model))
+        for job in how.jobs:
+            # All, before hours are spent on the one that is next.
+            if kept.is_finished(job.name):
+                before = read_json(kept.column(job.name) / COLUMN).get("inputs", {})
+                _require_same_inputs(job, before, subject, how)
         for number, job in enumerate(how.jobs, start=1):
             _run_job(number, job, subject, how, kept)
         records = {job.name: read_json(kept.column(job.name) / COLUMN) for job in how.jobs}
@@ -170,6 +177,7 @@ def probe(
                 for found in records.values()
                 for task, entry in found["entries"].items()
             },
+            "inputs": {name: found["inputs"] for name, found in records.items()},
             "settings": _settings(how),
             "versions": probe_versions(),
             "created": utc_now(),
@@ -177,7 +185,12 @@ def probe(
             "seconds": round(time.monotonic() - started, 1),
         }
         _write_results(out, kept, summary, how)
-    write_results_report(out / REPORT, out)
+        try:
+            write_results_report(out / REPORT, out)
+        except BaseException:
+            # A full disk, say: with --resume it is all made again from the finished columns.
+            shutil.rmtree(out, ignore_errors=True)
+            raise
     LOGGER.info("Results written to %s.", out)
     return summary
 
@@ -256,11 +269,18 @@ def _run_job(number: int, job: Job, subject: Subject, how: Probing, kept: Unfini
         LOGGER.info("Data set %d of %d, %s: finished before.", number, len(how.jobs), job.name)
         return
     LOGGER.info("Data set %d of %d: %s (%s).", number, len(how.jobs), job.data.name, job.name)
-    found = run_job(job, subject, how.place)
+    found = run_job(job, subject, replace(how.place, kept=kept.work(job.name)))
     columns = result_columns(job, found)
     with atomic_directory(kept.column(job.name)) as folder:
         entries = write_columns(folder, columns, found, thumbnails=how.thumbnails)
-        write_json(folder / COLUMN, {"entries": entries})
+        write_json(folder / COLUMN, {"entries": entries, "inputs": dict(found.inputs)})
+    shutil.rmtree(kept.work(job.name), ignore_errors=True)
+
+
+def _require_same_inputs(
+    job: Job, before: Mapping[str, str], subject: Subject, how: Probing
+) -> None:
+    require_same_inputs(job.data.name, before, job_inputs(job, subject, how.place))
 
 
 def _write_results(out: Path, kept: Unfinished, summary: Mapping[str, Any], how: Probing) -> None:
@@ -358,9 +378,8 @@ def _require_same(half: str, folder: Path, reference: str, how: Probing) -> None
                 f"{summary['settings'].get(key)!r}.",
                 remedy,
             )
-    now_key, key_before = (
-        _model_key(each) for each in (how.open(reference).describe(), summary["model"])
-    )
+    subject = how.open(reference)
+    now_key, key_before = (_model_key(each) for each in (subject.describe(), summary["model"]))
     if now_key != key_before:
         raise UserError(
             f"--resume: {reference} is not the tower of the finished {half} {folder} (fingerprint "
@@ -374,3 +393,5 @@ def _require_same(half: str, folder: Path, reference: str, how: Probing) -> None
                 f"{summary['versions'].get(name)}.",
                 "Install that version again, or drop both halves with --restart.",
             )
+    for job in how.jobs:
+        _require_same_inputs(job, summary.get("inputs", {}).get(job.name, {}), subject, how)

@@ -74,6 +74,11 @@ class TowerSubject:
 
     def tokens(self) -> TokenEncoder:
         """Return the tower as a source of tokens."""
+        return self._tokens
+
+    @cached_property
+    def _tokens(self) -> TokenEncoder:
+        # Kept, because it hashes all weights.
         return tower_tokens(self._tower)
 
     def describe(self) -> dict[str, Any]:

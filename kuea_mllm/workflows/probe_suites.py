@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kuea_mllm.config.probe import ProbeData, ProbeRecipe
+from kuea_mllm.config.probe import LinearProbe, PatchProbe, ProbeData, ProbeRecipe
 from kuea_mllm.data.source import ImageSource
 from kuea_mllm.errors import DataError, RecipeError
 from kuea_mllm.probing.column import ProbeColumn
@@ -21,12 +21,13 @@ from kuea_mllm.probing.datasets.open import locate, open_dataset, warn_of_size
 from kuea_mllm.probing.features import Extraction, FeatureStore, extract
 from kuea_mllm.probing.linear import probe_linear
 from kuea_mllm.probing.linear_training import LinearSettings, split_off
-from kuea_mllm.probing.mmvp_vlm import open_mmvp_vlm, probe_mmvp_vlm
-from kuea_mllm.probing.patch_labels import open_coco_stuff
+from kuea_mllm.probing.mmvp_vlm import MmvpVlm, open_mmvp_vlm, probe_mmvp_vlm
+from kuea_mllm.probing.patch_labels import LabelledPictures, open_coco_stuff
 from kuea_mllm.probing.patch_training import PatchSettings
 from kuea_mllm.probing.patches import probe_patches
 from kuea_mllm.probing.retrieval import probe_retrieval
 from kuea_mllm.probing.zero_shot import probe_zero_shot
+from kuea_mllm.workflows.probe_inputs import Split, inputs_of
 from kuea_mllm.workflows.probe_subject import Subject
 
 NEEDS_TEXT = frozenset(("zero-shot", "retrieval", "mmvp-vlm"))
@@ -67,6 +68,7 @@ class ProbePlace:
         progress: Whether bars are drawn.
         workers: Processes that decode pictures; None takes as many as there are cores, up to 8.
         cache: Folder of features; None takes the usual one.
+        kept: Folder where a data set keeps what it has done until it is scored; None keeps nothing.
     """
 
     data: Path | None
@@ -74,6 +76,7 @@ class ProbePlace:
     progress: bool = False
     workers: int | None = None
     cache: Path | None = None
+    kept: Path | None = None
 
     def extraction(self, recipe: ProbeRecipe) -> Extraction:
         """Return how embeddings are computed."""
@@ -100,14 +103,24 @@ class JobColumns:
         columns: Its columns.
         images: The scored pictures, for reports that show some.
         root: Folder that their names begin with.
+        inputs: Fingerprints of all that they were made of, see `probe_inputs`.
     """
 
     columns: list[ProbeColumn]
     images: ImageSource
     root: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
-_Runner: TypeAlias = Callable[[Job, Subject, ProbePlace], JobColumns]
+_Split = TypeVar("_Split", bound=Split)
+
+
+@dataclass(frozen=True)
+class _Suite(Generic[_Split]):
+    """How the splits of a data set are opened, the scored one last, and how they are scored."""
+
+    open: Callable[[Job, ProbePlace], list[_Split]]
+    run: Callable[[Job, list[_Split], Subject, ProbePlace], JobColumns]
 
 
 def plan_jobs(recipes: Sequence[ProbeRecipe], names: Sequence[str] | None = None) -> list[Job]:
@@ -160,7 +173,30 @@ def run_job(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
         DataError: If the data set is missing, damaged or incomplete.
         TowerError: If an embedding is not finite, or the tower lacks what the suite needs.
     """
-    return _RUNNERS[job.recipe.suite](job, subject, place)
+    suite = _SUITES[job.recipe.suite]
+    splits = suite.open(job, place)
+    inputs = {**_models(job, subject), **inputs_of(splits)}
+    return replace(suite.run(job, splits, subject, place), inputs=inputs)
+
+
+def job_inputs(job: Job, subject: Subject, place: ProbePlace) -> dict[str, str]:
+    """Return the fingerprints of all that the columns of a job would be made of now.
+
+    Raises:
+        DataError: If the data set is missing, damaged or incomplete.
+        TowerError: If the tower lacks what the suite needs.
+    """
+    splits = _SUITES[job.recipe.suite].open(job, place)
+    return {**_models(job, subject), **inputs_of(splits)}
+
+
+def _models(job: Job, subject: Subject) -> dict[str, str]:
+    is_patch = job.recipe.suite == "patch"
+    tower = subject.tokens() if is_patch else subject.embedder(job.faults)
+    found = {"tower or its preprocessing": tower.fingerprint}
+    if job.recipe.suite in NEEDS_TEXT:
+        found["text tower"] = subject.partner.fingerprint
+    return found
 
 
 def slug(name: str) -> str:
@@ -168,8 +204,42 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def _zero_shot(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
-    dataset, store = _embed(job, subject, place, job.data.split, job.faults)
+def _open_scored(job: Job, place: ProbePlace) -> list[ProbeDataset]:
+    return [_open_split(job, place, job.data.split)]
+
+
+def _open_linear(job: Job, place: ProbePlace) -> list[ProbeDataset]:
+    if job.recipe.linear is None or job.data.train_split is None:
+        raise RecipeError(f"data set {job.data.name} has no settings for a linear probe.")
+    return [_open_split(job, place, split) for split in (job.data.train_split, job.data.split)]
+
+
+def _open_split(job: Job, place: ProbePlace, split: str) -> ProbeDataset:
+    dataset = open_dataset(job.data, place.data, split=split)
+    return dataset if job.recipe.limit is None else dataset.limited(job.recipe.limit)
+
+
+def _open_patch(job: Job, place: ProbePlace) -> list[LabelledPictures]:
+    if job.recipe.patch is None or job.data.train_split is None:
+        raise RecipeError(f"data set {job.data.name} has no settings for a patch probe.")
+    folder, splits = _folder(job, place), []
+    for split in (job.data.train_split, job.data.split):
+        pictures = open_coco_stuff(folder, split)
+        warn_of_size(job.data, split, len(pictures))
+        limit = job.recipe.limit
+        splits.append(pictures if limit is None else pictures.limited(limit))
+    return splits
+
+
+def _open_pairs(job: Job, place: ProbePlace) -> list[MmvpVlm]:
+    return [open_mmvp_vlm(_folder(job, place), limit=job.recipe.limit)]
+
+
+def _zero_shot(
+    job: Job, splits: list[ProbeDataset], subject: Subject, place: ProbePlace
+) -> JobColumns:
+    [dataset] = splits
+    store = _embed(job, dataset, subject, place, job.faults)
     column = probe_zero_shot(
         store.embeddings,
         dataset,
@@ -181,8 +251,11 @@ def _zero_shot(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
     return JobColumns([column], dataset.images, dataset.source)
 
 
-def _retrieval(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
-    dataset, store = _embed(job, subject, place, job.data.split, job.faults)
+def _retrieval(
+    job: Job, splits: list[ProbeDataset], subject: Subject, place: ProbePlace
+) -> JobColumns:
+    [dataset] = splits
+    store = _embed(job, dataset, subject, place, job.faults)
     columns = probe_retrieval(
         store.embeddings,
         dataset,
@@ -195,13 +268,14 @@ def _retrieval(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
     return JobColumns(columns, dataset.images, dataset.source)
 
 
-def _linear(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
-    settings = job.recipe.linear
-    if settings is None or job.data.train_split is None:
-        raise RecipeError(f"data set {job.data.name} has no settings for a linear probe.")
+def _linear(
+    job: Job, splits: list[ProbeDataset], subject: Subject, place: ProbePlace
+) -> JobColumns:
+    settings = job.recipe.linear or LinearProbe()
+    train, test = splits
     # The released code leaves out the normalisation of the test pictures alone.
-    train, train_store = _embed(job, subject, place, job.data.train_split, ())
-    test, test_store = _embed(job, subject, place, job.data.split, job.faults)
+    train_store = _embed(job, train, subject, place, ())
+    test_store = _embed(job, test, subject, place, job.faults)
     features, validation = train_store.embeddings, None
     if settings.validation is not None:
         rest, held = split_off(len(train), settings.validation, job.recipe.seed)
@@ -226,55 +300,46 @@ def _linear(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
     return JobColumns([column], test.images, test.source)
 
 
-def _patch(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
-    settings, folder = job.recipe.patch, _folder(job, place)
-    if settings is None or job.data.train_split is None:
-        raise RecipeError(f"data set {job.data.name} has no settings for a patch probe.")
-    train = open_coco_stuff(folder, job.data.train_split)
-    scored = open_coco_stuff(folder, job.data.split)
-    for part, split in ((train, job.data.train_split), (scored, job.data.split)):
-        warn_of_size(job.data, split, len(part))
-    if job.recipe.limit is not None:
-        train, scored = train.limited(job.recipe.limit), scored.limited(job.recipe.limit)
+def _patch(
+    job: Job, splits: list[LabelledPictures], subject: Subject, place: ProbePlace
+) -> JobColumns:
+    settings = job.recipe.patch or PatchProbe()
+    train, scored = splits
     how = PatchSettings(
         **settings.model_dump(),
         seed=job.recipe.seed,
         device=place.device,
         workers=_decoders(place, len(train), settings.batch_size),
     )
-    columns = probe_patches(subject.tokens(), train, scored, how=how)
-    return JobColumns(columns, scored.images, str(folder))
+    columns = probe_patches(subject.tokens(), train, scored, how=how, kept=place.kept)
+    return JobColumns(columns, scored.images, str(_folder(job, place)))
 
 
-def _mmvp_vlm(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
-    folder = _folder(job, place)
-    pairs = open_mmvp_vlm(folder, limit=job.recipe.limit)
+def _mmvp_vlm(job: Job, splits: list[MmvpVlm], subject: Subject, place: ProbePlace) -> JobColumns:
+    [pairs] = splits
     how = _extraction(job, place, len(pairs.images))
     store = extract(pairs.images, subject.embedder(job.faults), how)
     column = probe_mmvp_vlm(
         store.embeddings, pairs, subject.partner, name=job.data.name, details=_notes(job, store)
     )
-    return JobColumns([column], pairs.images, str(folder))
+    return JobColumns([column], pairs.images, pairs.source)
 
 
-_RUNNERS: Mapping[str, _Runner] = {
-    "zero-shot": _zero_shot,
-    "retrieval": _retrieval,
-    "linear": _linear,
-    "patch": _patch,
-    "mmvp-vlm": _mmvp_vlm,
+_SUITES: Mapping[str, _Suite[Any]] = {
+    "zero-shot": _Suite(_open_scored, _zero_shot),
+    "retrieval": _Suite(_open_scored, _retrieval),
+    "linear": _Suite(_open_linear, _linear),
+    "patch": _Suite(_open_patch, _patch),
+    "mmvp-vlm": _Suite(_open_pairs, _mmvp_vlm),
 }
 
 
 def _embed(
-    job: Job, subject: Subject, place: ProbePlace, split: str, faults: Sequence[str]
-) -> tuple[ProbeDataset, FeatureStore]:
-    """Open a split and embed its pictures, or find them embedded by another suite."""
-    dataset = open_dataset(job.data, place.data, split=split)
-    if job.recipe.limit is not None:
-        dataset = dataset.limited(job.recipe.limit)
+    job: Job, dataset: ProbeDataset, subject: Subject, place: ProbePlace, faults: Sequence[str]
+) -> FeatureStore:
+    """Embed the pictures of a split, or find them embedded by another suite."""
     how = _extraction(job, place, len(dataset))
-    return dataset, extract(dataset.images, subject.embedder(faults), how)
+    return extract(dataset.images, subject.embedder(faults), how)
 
 
 def _extraction(job: Job, place: ProbePlace, count: int) -> Extraction:

@@ -1,6 +1,7 @@
 """`kuea-mllm look`: what changed inside a tower."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -72,6 +73,19 @@ def test_a_look_writes_report_figures_and_numbers(kuea, moved, pictures, tmp_pat
     for heading in ("Where it looks", "Pairs that moved apart", "Kernel matrices", "Layers"):
         assert heading in page
     assert record["pairs"]["moved"]["apart"][0]["first"] in page
+    row_of = {tuple(name): row for row, name in enumerate(record["layers"]["names"])}
+    # A row of the table: a layer before and after, and each with the teacher's last layer.
+    likeness = [
+        record["layers"]["cka"][row_of[first, 2]][row_of[second, layer]]
+        for first, second, layer in (
+            ("original", "aligned", 2),
+            ("original", "teacher", 3),
+            ("aligned", "teacher", 3),
+        )
+    ]
+    words = re.sub(r"<[^>]*>", " ", page).split()
+    shown = ["2", *(f"{value:.3f}" for value in likeness)]
+    assert any(words[start : start + 4] == shown for start in range(len(words)))
 
 
 def test_a_tower_against_itself_changed_nothing(kuea, pictures, tmp_path):

@@ -99,6 +99,19 @@ def test_results_have_every_data_set_and_a_report(kuea, arguments, tmp_path):
     assert not (tmp_path / "out.unfinished").exists()
 
 
+def test_average_of_the_recipe_is_printed(kuea, arguments, tmp_path):
+    write_recipe(tmp_path, averages={"both": list(DATASETS), "one": ["gray"]})
+    answer = kuea(*arguments)
+    assert answer.code == 0, answer.err
+    columns = json.loads((tmp_path / "out" / "summary.json").read_text())["columns"].values()
+    scores = [100 * column["score"] for column in columns]
+    assert f"both, mean of 2: {sum(scores) / 2:.2f}\n" in answer.out
+    assert f"one, mean of 1: {scores[1]:.2f}\n" in answer.out
+    partial = kuea(*arguments, "--datasets=gray", f"--out={tmp_path / 'partial'}")
+    assert "one, mean of 1" in partial.out
+    assert "both" not in partial.out
+
+
 def test_against_compares_picture_by_picture(kuea, arguments, tmp_path, other):
     arguments[1] = other
     answer = kuea(*arguments, f"--against={CLIP}", "--json")
@@ -231,6 +244,33 @@ def test_dry_run_writes_nothing(kuea, arguments, tmp_path):
     assert [entry["name"] for entry in json.loads(answer.out)["datasets"]] == list(DATASETS)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "cache").exists()
+
+
+def test_dry_run_finds_what_is_wrong_with_the_last_data_set(kuea, arguments, tmp_path, data):
+    copy = shutil.copytree(data, tmp_path / "data")
+    (copy / DATASETS[-1] / "classnames.txt").write_text("\n".join([*DIGITS, "ten"]))
+    arguments[3] = f"--data={copy}"
+    answer = kuea(*arguments, "--dry-run")
+    assert answer.code == 2
+    assert "1 of 11 classes have no image: 'ten'" in " ".join(answer.err.split())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_keys_of_a_section_go_to_the_suite_of_that_name(kuea, tmp_path, data):
+    copy, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+    (copy / "linear_digit").rename(copy / "vtab-svhn")
+    for part in [part for kind in (copy / "coco").iterdir() for part in kind.iterdir()]:
+        part.rename(part.with_name(f"{part.name}2017"))
+    given = ["probe", CLIP, f"--data={copy}", f"--out={out}", "--device=cpu", "--workers=0"]
+    keys = ["--set=linear.epochs=2", "--set=patch.epochs=1", "--datasets=svhn,MSCOCO"]
+    answer = kuea(*given, "--suite=linear,patch", *keys)
+    assert answer.code == 0, answer.err
+    for suite, epochs in (("linear", 2), ("patch", 1)):
+        recipe = yaml.safe_load((out / "recipes" / f"{suite}.yaml").read_text())
+        assert recipe[suite]["epochs"] == epochs
+    refused = kuea(*given, "--suite=linear", *keys)
+    assert refused.code == 2
+    assert "suite linear takes no section 'patch'" in " ".join(refused.err.split())
 
 
 def test_all_missing_data_sets_are_named_at_once(kuea, tmp_path, data):

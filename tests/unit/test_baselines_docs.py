@@ -1,4 +1,4 @@
-"""Every command in docs/baselines.md can be given: recipes, keys, options and adapters exist."""
+"""Every command of the pages about encoders can be given: recipes, keys and options exist."""
 
 import re
 import shlex
@@ -14,13 +14,18 @@ from kuea_mllm.config.lora import LoraRecipe
 from kuea_mllm.config.recipes import load_recipe
 from kuea_mllm.config.sweep import SweepRecipe
 
-PAGE = Path(__file__).parents[2] / "docs" / "baselines.md"
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    for line in block.splitlines()
-    if line.startswith("kuea-mllm ")
-]
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def commands_of(page: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("kuea-mllm ")]
+
+
+BASELINES = commands_of("baselines.md")
+COMMANDS = [*BASELINES, *commands_of("probing.md"), *commands_of("look.md")]
 KINDS = {"align": AlignRecipe, "lora": LoraRecipe, "sweep": SweepRecipe}
 # A row of a table that has no command would go unseen otherwise.
 NEEDED = (
@@ -54,7 +59,7 @@ def test_recipe_of_the_command_takes_its_keys(command):
 
 
 def test_every_system_of_the_tables_has_a_command():
-    text = "\n".join(COMMANDS)
+    text = "\n".join(BASELINES)
     assert [name for name in NEEDED if name not in text] == []
 
 

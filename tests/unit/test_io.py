@@ -9,6 +9,7 @@ import pytest
 from kuea_mllm.errors import EnvironmentFailure, OutputError, UserError
 from kuea_mllm.io import (
     atomic_directory,
+    disk_errors_named,
     follow_umask,
     read_json,
     require_free_output,
@@ -93,6 +94,15 @@ def test_full_disk_is_named_whatever_raises_it(tmp_path, error):
     ):
         raise error
     assert names(tmp_path) == []
+
+
+def test_full_disk_of_a_cache_is_not_taken_for_that_of_the_output(tmp_path):
+    with (
+        pytest.raises(EnvironmentFailure, match=r"while writing CACHE.*\n.*KUEA_MLLM_CACHE"),
+        disk_errors_named(tmp_path / "out", remedy="Go on with --resume."),
+        disk_errors_named("CACHE", remedy="Choose another place with $KUEA_MLLM_CACHE."),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_json_is_strict_both_ways(tmp_path):
