@@ -23,6 +23,8 @@ from kuea_mllm.log import LOGGER, log_file
 from kuea_mllm.towers.save import save_tower
 from kuea_mllm.training.distributed import barrier, fails_together, rank, world_size
 from kuea_mllm.training.ending import explained, interrupted
+from kuea_mllm.training.foreign_settings import refuse_foreign_settings
+from kuea_mllm.training.memory import is_out_of_memory, out_of_memory
 from kuea_mllm.training.run_directory import (
     RunDirectory,
     open_run,
@@ -83,6 +85,7 @@ def run_alignment(
     if recipe.method != "align":
         raise RecipeError(f"key 'method' is {recipe.method!r}: nothing is trained by it.")
     require_startable(out, kind=KIND, resume=resume, restart=restart)
+    refuse_foreign_settings()
     require_trackers(recipe.runtime.trackers)
     with fails_together():
         inputs = open_inputs(recipe)
@@ -94,10 +97,25 @@ def run_alignment(
             try:
                 result = _align(inputs, run, progress=progress, finish=finish)
             except BaseException as error:
-                raise explained(error, run) from error.__cause__
+                raise explained(_named(error, inputs), run) from error.__cause__
         # The others must not report before the directory has its final name.
     barrier()
     return result
+
+
+def _named(error: BaseException, inputs: AlignmentInputs) -> BaseException:
+    if not is_out_of_memory(error):
+        return error
+    recipe, runtime = inputs.recipe, inputs.recipe.runtime
+    share = recipe.optim.batch_size // world_size()
+    smaller = max(1, (runtime.micro_batch_size or share) // 2)
+    saving = "" if runtime.gradient_checkpointing else " or runtime.gradient_checkpointing=true"
+    return out_of_memory(
+        error,
+        f"on {runtime.device} while aligning {recipe.student.model}",
+        f"Set runtime.micro_batch_size={smaller}{saving}: the result is the same but for rounding, "
+        "so that an unfinished run may go on with it (--resume). `kuea-mllm plan` says what fits.",
+    )
 
 
 def _align(

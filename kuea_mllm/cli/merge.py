@@ -10,7 +10,7 @@ import typer
 from kuea_mllm.cli.common import Json, print_json, verb
 
 if TYPE_CHECKING:
-    from kuea_mllm.tuning.merge import MergeReceipt
+    from kuea_mllm.tuning.merge_record import MergeReceipt
 
 
 @verb

@@ -68,6 +68,11 @@ class MixtureConfig(StrictModel):
         "difference at micro-batches of one). released: the "
         "order in which the original's trainer finds PyTorch's generator.",
     )
+    skip_records: list[NonNegativeInt] = Field(
+        default=[],
+        description="Records, by the number that messages call them by, that nothing is learned "
+        "from; the others keep their places. May be changed with --resume.",
+    )
     workers: NonNegativeInt = Field(default=4, description="Decoders for each process.")
 
 

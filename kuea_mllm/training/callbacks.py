@@ -272,5 +272,10 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar where it stands, so that what is said next begins on a line of its own."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None

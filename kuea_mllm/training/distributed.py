@@ -181,6 +181,24 @@ def of_process_zero(do: Callable[[], T]) -> T:
     return cast(T, broadcast_object(found))
 
 
+def in_turn(do: Callable[[], T]) -> T:
+    """Call a function in one process of each machine at a time, and return what it found.
+
+    For what needs much of a machine's memory for a while. All processes fail where one does; there
+    must be no exchange between processes inside of it.
+
+    Raises:
+        FailedElsewhere: In the processes that did not fail; says what the other one said.
+    """
+    found: T | None = None
+    local_rank = int(os.environ.get("LOCAL_RANK", rank())) if world_size() > 1 else 0
+    for turn in range(max(gather_objects(local_rank)) + 1):
+        with fails_together():
+            if turn == local_rank:
+                found = do()
+    return cast(T, found)
+
+
 def _is_joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 

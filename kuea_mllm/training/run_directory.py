@@ -234,7 +234,7 @@ def compare_recipes(
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(node, dict) and node:
         items = [(str(key), value) for key, value in node.items()]
-    elif isinstance(node, list) and node:
+    elif isinstance(node, list) and any(isinstance(item, dict | list) for item in node):
         items = [(str(number), value) for number, value in enumerate(node)]
     else:
         return {prefix: node}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from kuea_mllm.errors import TrainingDiverged
+from kuea_mllm.training.callbacks import TrainingProgress
 from kuea_mllm.training.checkpoints import (
     TRAINER_STATE,
     CheckpointStore,
@@ -62,6 +63,15 @@ class ResumableTrainer(Trainer):
             UserError: If a tensor is missing, unknown or of another shape.
         """
         raise NotImplementedError
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the stock trainer does; the progress bar is closed however that ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TrainingProgress):
+                    callback.close()
 
     def own_state(self) -> dict[str, Any]:
         """Return what else the subclass needs to go on, JSON values; all processes are asked."""

@@ -16,7 +16,7 @@ from kuea_mllm.adapters.records import name_tower, read_record
 from kuea_mllm.log import LOGGER
 from kuea_mllm.towers.fingerprint import fingerprint_state
 from kuea_mllm.training.callbacks import MetricsFile, StopWhenDiverged, TrainingProgress
-from kuea_mllm.training.distributed import any_process, rank, world_size
+from kuea_mllm.training.distributed import any_process, in_turn, rank, world_size
 from kuea_mllm.training.interruption import Interruption, SaveCheckpoints
 from kuea_mllm.training.memory import recompute_activations
 from kuea_mllm.training.run_directory import RunDirectory
@@ -29,7 +29,7 @@ from kuea_mllm.tuning.packing import PackedBatchSampler, report_packing
 from kuea_mllm.tuning.quantised import quantization_config
 from kuea_mllm.tuning.receipt import LeakedTraining, TrainingReceipt, make_receipt
 from kuea_mllm.tuning.sampler import GroupedBatchSampler, released_state
-from kuea_mllm.tuning.sharding import shard_frozen
+from kuea_mllm.tuning.sharding import make_mesh, shard_frozen
 from kuea_mllm.tuning.trainer import DIVERGED_REMEDY, TuningTrainer
 from kuea_mllm.tuning.wrap import wrap_with_lora
 
@@ -87,7 +87,7 @@ def assemble(inputs: TuningInputs, run: RunDirectory, *, progress: bool) -> Tuni
     fingerprint = fingerprint_tower(inputs, model)
     _log_receipt(inputs, receipt, fingerprint)
     accumulation = recipe.accumulation(world_size())
-    counter = DataCounter(inputs.mixture.name)
+    counter = DataCounter(inputs.mixture.name, skipped=recipe.data.skip_records)
     if run.checkpoint is not None and rank() == 0:  # which goes on with the counts of all
         counter.load_report(run.state["data"])
     metrics = MetricsFile(
@@ -150,18 +150,34 @@ def assemble(inputs: TuningInputs, run: RunDirectory, *, progress: bool) -> Tuni
 
 
 def load_tuning_model(inputs: TuningInputs) -> TuningModel:
-    """Load the model and put the LoRA layers in."""
-    recipe, runtime = inputs.recipe, inputs.recipe.runtime
-    dtype = _DTYPES[runtime.dtype]
+    """Load the model and put the LoRA layers in; divide it among processes if that is asked for."""
+    runtime = inputs.recipe.runtime
     if runtime.tf32 and runtime.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
     device = _own_device(runtime.device)
-    is_sharded = runtime.sharding == "fsdp"
+    if runtime.sharding != "fsdp":
+        return _load(inputs, device)
+    own = torch.device(device)
+    mesh = make_mesh(own)
+
+    def load_and_divide() -> TuningModel:
+        # No card may have room for the whole.
+        model = _load(inputs, "cpu")
+        shard_frozen(model.inner, inputs.parts, own, mesh)
+        return model
+
+    # Nor the host for as many as there are processes: where the files hold another dtype, each
+    # makes a converted copy of all weights before it keeps its part.
+    return in_turn(load_and_divide)
+
+
+def _load(inputs: TuningInputs, device: str) -> TuningModel:
+    recipe, runtime = inputs.recipe, inputs.recipe.runtime
+    dtype = _DTYPES[runtime.dtype]
     loaded = inputs.tuner.load_for_tuning(
         inputs.base,
         dtype=runtime.dtype,
-        # No card may have room for the whole.
-        device="cpu" if is_sharded else device,
+        device=device,
         quantization=quantization_config(recipe.model.quantization, inputs.parts, dtype=dtype),
     )
     # Of the LoRA layers' beginning.
@@ -174,8 +190,6 @@ def load_tuning_model(inputs: TuningInputs) -> TuningModel:
     )
     if runtime.gradient_checkpointing:
         recompute_activations(model.inner.get_submodule(inputs.parts.language_model))
-    if is_sharded:
-        shard_frozen(model.inner, inputs.parts, torch.device(device))
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from kuea_mllm.errors import DataError
 from kuea_mllm.log import LOGGER
 from kuea_mllm.training.distributed import gather_objects
-from kuea_mllm.tuning.examples import Example
+from kuea_mllm.tuning.examples import IGNORED, Example
 
-IGNORED = -100
 # What the model does not take; `DataCounter.take` removes it from a batch.
 _COUNTED = ("positions", "left_out", "unlabelled")
 _NAMED = 5
@@ -132,10 +131,12 @@ class DataCounter:
 
     Args:
         name: From a position in the mixture to what to call it (`Mixture.name`).
+        skipped: Positions that are not read, and not counted.
     """
 
-    def __init__(self, name: Callable[[int], str]) -> None:
+    def __init__(self, name: Callable[[int], str], *, skipped: Collection[int] = ()) -> None:
         self._name = name
+        self._skipped = frozenset(skipped)
         self.samples = 0
         self.truncated = 0
         self.left_out = 0
@@ -147,11 +148,11 @@ class DataCounter:
         The first few samples that nothing is learned from are named in the log.
         """
         positions, left_out, unlabelled = (batch.pop(key).tolist() for key in _COUNTED)
-        self.samples += len(positions)
+        self.samples += sum(position not in self._skipped for position in positions)
         self.truncated += sum(cut > 0 for cut in left_out)
         self.left_out += sum(left_out)
         for position, is_unlabelled in zip(positions, unlabelled, strict=True):
-            if not is_unlabelled:
+            if not is_unlabelled or position in self._skipped:
                 continue
             self.unlabelled += 1
             if self.unlabelled <= _NAMED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ from kuea_mllm.data.source import read_image
 from kuea_mllm.errors import DataError, UnreadableImage
 from kuea_mllm.tuning.mixture import Mixture
 from kuea_mllm.tuning.records import leaves_folder
+
+IGNORED = -100
 
 Preprocess = Callable[[Sequence[Image.Image]], Tensor]
 
@@ -45,6 +47,8 @@ class TuningExamples(Dataset[Example]):
         encoder: Of the model to tune.
         images: Folder that the records' paths are relative to; may be missing for text alone.
         preprocess: From PIL images to pixel values, (images, 3, size, size).
+        skipped: Positions that are not read; an empty sample takes the place of each, so that
+            all others stay in their micro-batches.
     """
 
     def __init__(
@@ -54,16 +58,20 @@ class TuningExamples(Dataset[Example]):
         *,
         images: Path | None,
         preprocess: Preprocess,
+        skipped: Collection[int] = (),
     ) -> None:
         self.mixture = mixture
         self.encoder = encoder
         self.images = images
         self.preprocess = preprocess
+        self.skipped = frozenset(skipped)
 
     def __len__(self) -> int:
         return len(self.mixture)
 
     def __getitem__(self, index: int) -> Example:
+        if index in self.skipped:
+            return Example(index, [self.encoder.pad_token_id], [IGNORED], None, 0)
         record = self.mixture.record(index)
         pixels = None
         if record["image"] is not None:
@@ -83,7 +91,8 @@ class TuningExamples(Dataset[Example]):
         except UnreadableImage as error:
             raise UnreadableImage(
                 f"{self.mixture.name(index)}: {error.problem}",
-                "Find all such images before training: "
+                "Repair it, or leave this record out: --set "
+                f"'data.skip_records=[{index}]'. All such images: "
                 f"`kuea-mllm doctor --data {self.mixture.source} --images {self.images}`.",
             ) from error
 

@@ -21,6 +21,8 @@ FREE_KEYS = (
     "model.path",
     "data.file",
     "data.images",
+    # What a run has learned from a record stays; from now on it learns nothing more from it.
+    "data.skip_records",
     "data.workers",
     "runtime.log_every",
     "runtime.trackers",

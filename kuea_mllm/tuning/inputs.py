@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,11 @@ class TuningInputs:
     def examples(self) -> TuningExamples | PackedExamples:
         """The samples by position, or by the positions of a row."""
         examples = TuningExamples(
-            self.mixture, self.format.encoder, images=self.images, preprocess=self.format.preprocess
+            self.mixture,
+            self.format.encoder,
+            images=self.images,
+            preprocess=self.format.preprocess,
+            skipped=self.recipe.data.skip_records,
         )
         return PackedExamples(examples) if self.recipe.data.packing else examples
 
@@ -112,6 +116,7 @@ def open_tuning_inputs(recipe: LoraRecipe, *, progress: bool = False) -> TuningI
     parts = tuner.tuning_parts(base)
     format_ = tuner.tuning_format(base, max_length=recipe.data.max_length)
     mixture = open_mixture(data, progress=progress and rank() == 0)
+    _require_records(recipe.data.skip_records, mixture)
     images = None if recipe.data.images is None else Path(recipe.data.images)
     if images is not None and not images.is_dir():
         raise DataError(f"image folder {images} does not exist.")
@@ -173,11 +178,23 @@ def _require_quantisable(recipe: LoraRecipe) -> None:
         )
 
 
+def _require_records(numbers: Sequence[int], mixture: Mixture) -> None:
+    if numbers and max(numbers) >= len(mixture):
+        raise RecipeError(
+            f"key 'data.skip_records' names record {max(numbers)}, and the last one of "
+            f"{mixture.source} is {len(mixture) - 1}.",
+            "Give the numbers that messages call records by; the first is 0.",
+        )
+
+
 def _check_first_images(inputs: TuningInputs) -> None:
     """Look whether some images are there: a wrong --images shows before the model is loaded."""
     missing: list[str] = []
     looked_at = 0
+    skipped = set(inputs.recipe.data.skip_records)
     for index in range(len(inputs.mixture)):
+        if index in skipped:
+            continue
         record = inputs.mixture.record(index)
         if record["image"] is None:
             continue
@@ -214,3 +231,5 @@ def log_inputs(inputs: TuningInputs, say: Callable[..., None] = LOGGER.info) -> 
         len(inputs.mixture),
         inputs.mixture.source,
     )
+    for number in inputs.recipe.data.skip_records:
+        say("nothing is learned from %s (data.skip_records)", inputs.mixture.name(number))

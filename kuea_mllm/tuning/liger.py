@@ -52,6 +52,18 @@ class Parity:
         return max(both) if all(map(math.isfinite, both)) else math.inf
 
 
+def require_liger(*, is_cuda: bool) -> None:
+    """Make sure that Liger kernels can run, before a model is loaded for them.
+
+    Raises:
+        EnvironmentFailure: If liger-kernel is not installed.
+        UserError: If the device is not a GPU.
+    """
+    if not is_cuda:
+        raise UserError("key 'runtime.liger' is true, and Liger kernels run on CUDA only.", _OFF)
+    _liger_functions()
+
+
 def use_liger(model: TuningModel, batch: Mapping[str, Tensor]) -> Parity:
     """Put Liger kernels into the language model, after they gave the same on a real batch.
 
@@ -64,8 +76,7 @@ def use_liger(model: TuningModel, batch: Mapping[str, Tensor]) -> Parity:
             the model is as it was then.
         UserError: If the device or the family of the language model is not supported.
     """
-    if next(model.parameters()).device.type != "cuda":
-        raise UserError("key 'runtime.liger' is true, and Liger kernels run on CUDA only.", _OFF)
+    require_liger(is_cuda=next(model.parameters()).device.type == "cuda")
     language_model = model.inner.get_submodule(model.parts.language_model)
     parity = require_parity(model, batch, lambda: patch_layers(language_model))
     LOGGER.info(

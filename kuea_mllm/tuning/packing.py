@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from kuea_mllm.errors import DataError
-from kuea_mllm.tuning.collate import IGNORED, Collator, Row
-from kuea_mllm.tuning.examples import Example, TuningExamples
+from kuea_mllm.tuning.collate import Collator, Row
+from kuea_mllm.tuning.examples import IGNORED, Example, TuningExamples
 from kuea_mllm.tuning.sampler import GroupedBatchSampler
 
 # Samples that are fitted together at a time: all of them at once would put the longest of the

@@ -53,6 +53,7 @@ def describe_tuning(
             "packing": recipe.data.packing,
             "group_by_modality": recipe.data.group_by_modality,
             "order": recipe.data.order,
+            "skipped_records": recipe.data.skip_records,
             **data_counts,
         },
         "steps": steps,

@@ -13,23 +13,24 @@ from typing import Any
 
 import torch.distributed as dist
 
-from kuea_mllm.adapters.loading import is_out_of_memory
 from kuea_mllm.config.lora import LoraRecipe
-from kuea_mllm.errors import EnvironmentFailure
 from kuea_mllm.log import LOGGER, log_file
 from kuea_mllm.manifest import current_command
 from kuea_mllm.training.distributed import barrier, fails_together, rank, world_size
 from kuea_mllm.training.ending import explained, interrupted
+from kuea_mllm.training.foreign_settings import refuse_foreign_settings
 from kuea_mllm.training.run_directory import RunDirectory, open_run, require_startable
 from kuea_mllm.training.trackers import require_trackers
 from kuea_mllm.tuning.assemble import TuningAssembly, assemble
 from kuea_mllm.tuning.identity import KIND, identify_run
 from kuea_mllm.tuning.inputs import TuningInputs, log_inputs, open_tuning_inputs
+from kuea_mllm.tuning.liger import require_liger
 from kuea_mllm.tuning.merge import merge_adapter
 from kuea_mllm.tuning.optimizer import require_device
 from kuea_mllm.tuning.output import save_adapter
 from kuea_mllm.tuning.record import describe_tuning
 from kuea_mllm.tuning.sharding import require_shardable
+from kuea_mllm.tuning.shortage import name_shortage
 
 ADAPTER, MERGED = "adapter", "merged"
 
@@ -113,6 +114,7 @@ def run_tuning(
     """
     out = Path(out)
     require_startable(out, kind=KIND, resume=resume, restart=restart)
+    refuse_foreign_settings()
     require_trackers(recipe.runtime.trackers)
     require_shardable(recipe)
     with fails_together():
@@ -120,6 +122,8 @@ def run_tuning(
         # Not with the inputs, which are also opened where a run on other machines is planned.
         is_cuda = inputs.recipe.runtime.device.startswith("cuda")
         require_device(inputs.recipe.optim, is_cuda=is_cuda)
+        if inputs.recipe.runtime.liger:
+            require_liger(is_cuda=is_cuda)
     with (
         open_run(out, identify_run(inputs), resume=resume, restart=restart) as run,
         log_file(run.path / "run.log") if rank() == 0 else nullcontext(),
@@ -129,20 +133,10 @@ def run_tuning(
         try:
             result = _tune(inputs, run, merge=merge, progress=progress, finish=finish)
         except BaseException as error:
-            raise explained(_named(error, inputs), run) from error.__cause__
+            raise explained(name_shortage(error, inputs, run), run) from error.__cause__
     # The others must not report before the directory has its final name.
     barrier()
     return result
-
-
-def _named(error: BaseException, inputs: TuningInputs) -> BaseException:
-    if not isinstance(error, Exception) or not is_out_of_memory(error):
-        return error
-    return EnvironmentFailure(
-        f"out of memory on {inputs.recipe.runtime.device} while tuning {inputs.base}.",
-        "Set model.quantization=nf4, optim.optimizer=paged_adamw_8bit or a smaller "
-        "data.max_length; `kuea-mllm plan` says what fits.",
-    )
 
 
 def _tune(

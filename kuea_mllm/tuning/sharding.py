@@ -7,12 +7,11 @@ adapter are those of an unsharded run.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +24,7 @@ from kuea_mllm.training.distributed import world_size
 
 
 def require_shardable(recipe: LoraRecipe, *, processes: int | None = None) -> None:
-    """Refuse a division of weights that is not one, or that another program would make too.
+    """Refuse a division of weights that is not one.
 
     Args:
         recipe: What is to run.
@@ -34,12 +33,6 @@ def require_shardable(recipe: LoraRecipe, *, processes: int | None = None) -> No
     Raises:
         UserError: If so.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise UserError(
-            "accelerate launch was given a configuration with FSDP (ACCELERATE_USE_FSDP=true), "
-            "which would also divide what is trained.",
-            "Use one with distributed_type: MULTI_GPU, and set runtime.sharding=fsdp.",
-        )
     if recipe.runtime.sharding == "none":
         return
     if recipe.model.quantization != "none":
@@ -55,16 +48,25 @@ def require_shardable(recipe: LoraRecipe, *, processes: int | None = None) -> No
         )
 
 
-def shard_frozen(inner: nn.Module, parts: TuningParts, device: torch.device) -> None:
+def make_mesh(device: torch.device) -> DeviceMesh:
+    """Return all processes as one row of devices; every process has to ask."""
+    return init_device_mesh(device.type, (world_size(),))
+
+
+def shard_frozen(
+    inner: nn.Module, parts: TuningParts, device: torch.device, mesh: DeviceMesh
+) -> None:
     """Divide the frozen weights of the language model's layers among all processes, in place.
 
     A layer's weights are gathered when it runs, forward and backward. Embedding, output layer,
-    projector and tower stay whole: together they are a few per cent of the model.
+    projector and tower stay whole: together they are a few per cent of the model. No process has to
+    wait for another in here.
 
     Args:
         inner: The adapter's model, LoRA layers in place; the same in all processes.
         parts: Where its parts are.
         device: Of this process. The model may lie elsewhere and comes to it a layer at a time.
+        mesh: From `make_mesh`.
 
     Raises:
         UserError: If the language model is no stack of layers.
@@ -73,10 +75,7 @@ def shard_frozen(inner: nn.Module, parts: TuningParts, device: torch.device) -> 
     layers = _layers_of(language_model, parts.language_model)
     inside = {id(parameter) for parameter in layers.parameters()}
     whole = {p for p in language_model.parameters() if p.requires_grad or id(p) not in inside}
-    settings: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (world_size(),)),
-        "ignored_params": whole,
-    }
+    settings: dict[str, Any] = {"mesh": mesh, "ignored_params": whole}
     for layer in layers:
         fully_shard(layer, reshard_after_forward=True, **settings)
     # Holds no weights itself; with one root, a layer is fetched while the one before it runs.

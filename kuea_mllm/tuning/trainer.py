@@ -28,7 +28,11 @@ from kuea_mllm.tuning.packing import PackedBatchSampler
 from kuea_mllm.tuning.sampler import GroupedBatchSampler
 from kuea_mllm.tuning.sharding import exchange_gradients, is_sharded
 
-DIVERGED_REMEDY = "Lower optim.lr, set optim.max_grad_norm=1, or look at the record that is named."
+DIVERGED_REMEDY = (
+    "Another run would meet the same samples. If the record that is named is the cause, leave it "
+    "out: --set 'data.skip_records=[NUMBER]', with --resume from a checkpoint. If not, begin anew "
+    "with a lower optim.lr or optim.max_grad_norm=1."
+)
 
 
 class TuningTrainer(ResumableTrainer):

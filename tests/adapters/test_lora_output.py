@@ -14,7 +14,7 @@ from tuned_models import save, tune
 
 from kuea_mllm.adapters.lora_directory import describe_lora_directory, read_lora_directory
 from kuea_mllm.errors import EnvironmentFailure, UserError
-from kuea_mllm.tuning.merge import find_base
+from kuea_mllm.tuning.merge_plan import find_base
 from kuea_mllm.upload_checks import check_upload
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

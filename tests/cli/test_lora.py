@@ -18,6 +18,7 @@ from tuning_world import make_world, weights_of, write_tiny_llava
 
 from kuea_mllm.config.lora import LoraRecipe
 from kuea_mllm.config.recipes import load_recipe
+from kuea_mllm.tuning.examples import TuningExamples
 from kuea_mllm.tuning.model import TuningModel
 from kuea_mllm.tuning.run import run_tuning
 
@@ -264,9 +265,84 @@ def test_loss_that_is_not_a_number_names_the_record_and_keeps_the_good_checkpoin
     monkeypatch.setattr(TuningModel, "forward", spoiled)
     answer = kuea(*arguments, IN_EVERY_UPDATE)
     assert answer.code == 1
-    error = answer.err[answer.err.index("error: ") :]
+    # The progress bar was closed before.
+    error = answer.err[answer.err.index("\nerror: ") :]
     assert "loss is nan at step 3" in error
     assert "record 10 (id 'r10')" in error
     good = tmp_path / "out.unfinished" / "checkpoints" / "checkpoint-2"
     assert f"The last good checkpoint is {good}." in error
     assert checkpoints_in(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_record_that_spoils_the_loss_is_met_again_and_may_be_skipped(
+    kuea, arguments, tmp_path, monkeypatch
+):
+    pixels = TuningExamples._pixels
+
+    def spoiled(self, image, index):
+        return pixels(self, image, index) * (float("nan") if index == 10 else 1.0)
+
+    monkeypatch.setattr(TuningExamples, "_pixels", spoiled)
+    run = [*arguments, IN_EVERY_UPDATE]
+    for again in ([], ["--resume"]):
+        answer = kuea(*run, *again)
+        assert answer.code == 1
+        told = " ".join(answer.err[answer.err.index("\nerror: ") :].split())
+        assert "record 10 (id 'r10')" in told
+        assert "--set 'data.skip_records=[NUMBER]', with --resume from a checkpoint" in told
+        assert checkpoints_in(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+    skipping = "--set=data.skip_records=[10]"
+    answer = kuea(*run, "--resume", skipping)
+    assert answer.code == 0, answer.err
+    told = " ".join(answer.err.split())
+    assert "data.skip_records is [10] now, was []" in told
+    assert "nothing is learned from" in told
+    record = json.loads((tmp_path / "out" / "adapter" / "kuea.json").read_text())
+    assert record["data"]["skipped_records"] == [10]
+    assert (record["data"]["samples"], record["data"]["unlabelled_samples"]) == (23, 0)
+    # As if it had been skipped from the start: no sample changed its place.
+    whole = kuea(*run, skipping, f"--out={tmp_path / 'out_whole'}")
+    assert whole.code == 0, whole.err
+    found, wanted = weights_of(tmp_path / "out"), weights_of(tmp_path / "out_whole")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_record_to_skip_that_is_not_there_is_refused(kuea, arguments, tmp_path):
+    answer = kuea(*arguments, "--set=data.skip_records=[3,38]")
+    assert answer.code == 2
+    assert "key 'data.skip_records' names record 38" in answer.err
+    assert "is 37" in " ".join(answer.err.split())
+    assert runs_in(tmp_path) == []
+
+
+def test_shortage_of_memory_is_one_line_that_says_what_to_change(
+    kuea, arguments, tmp_path, monkeypatch
+):
+    forward, calls = TuningModel.forward, []
+
+    def hungry(self, **batch):
+        calls.append(None)
+        if len(calls) == 11:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0")
+        return forward(self, **batch)
+
+    monkeypatch.setattr(TuningModel, "forward", hungry)
+    answer = kuea(*arguments, IN_EVERY_UPDATE, "--set=runtime.gradient_checkpointing=false")
+    assert answer.code == 1
+    told = answer.err[answer.err.index("\nerror: ") :].splitlines()[1:]
+    assert len(told) == 2
+    assert told[0].startswith("error: out of memory on cpu while tuning ")
+    assert told[0].endswith(" (2.50 GiB more were asked for).")
+    assert "Go on by --resume with --set runtime.gradient_checkpointing=true." in told[1]
+    assert checkpoints_in(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    again = "--set=runtime.gradient_checkpointing=true"
+    assert kuea(*arguments, IN_EVERY_UPDATE, again, "--resume").code == 0
+
+
+def test_liger_is_refused_before_a_model_is_loaded(kuea, arguments, tmp_path):
+    answer = kuea(*arguments, "--set=runtime.liger=true")
+    assert answer.code == 2
+    assert "Liger kernels run on CUDA only" in answer.err
+    assert "trained" not in answer.err
+    assert runs_in(tmp_path) == []

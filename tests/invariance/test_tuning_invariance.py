@@ -7,13 +7,19 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_resume import assert_same
-from tuning_world import make_world, tune, weights_of
+from tuning_world import make_world, recipe_of, tune, weights_of
+
+from kuea_mllm.errors import UserError
+from kuea_mllm.training.run_directory import unfinished_path
+from kuea_mllm.tuning.run import run_tuning
 
 WORLD = Path(__file__).with_name("tuning_world.py")
 KILLS = 6
@@ -78,8 +84,9 @@ def test_recomputed_activations_and_small_chunks_change_nothing(
     assert_close(alone, other)
 
 
-def run_two(task: str, out: Path, world: Path) -> list[str]:
+def run_two(task: str, out: Path, world: Path, **changes: Any) -> list[str]:
     """Run a task of `tuning_world` in two processes and return what they print."""
+    words = [task, str(out), str(world), *([json.dumps(changes)] if changes else [])]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -92,7 +99,7 @@ def run_two(task: str, out: Path, world: Path) -> list[str]:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORLD), task, str(out), str(world)],
+            [sys.executable, str(WORLD), *words],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -119,7 +126,7 @@ def test_two_processes_equal_one(world: Path, alone: dict[str, torch.Tensor]) ->
 def test_divided_weights_stopped_and_resumed_equal_one_process(
     world: Path, alone: dict[str, torch.Tensor]
 ) -> None:
-    held = json.loads(run_two("sharded", world / "divided", world)[0].splitlines()[-1])
+    found = json.loads(run_two("sharded", world / "divided", world)[0].splitlines()[-1])
     assert_close(alone, weights_of(world / "divided"))
     records = [
         json.loads((world / run / "adapter" / "kuea.json").read_text())
@@ -128,9 +135,46 @@ def test_divided_weights_stopped_and_resumed_equal_one_process(
     assert records[1]["resumed_at"] == [4]
     # Of two layers each process always held one half, and the record still counts the whole.
     layers = 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
-    assert held == [[layers // 2, layers]]
+    assert found["held"] == [[layers // 2, layers]]
+    # At no time did both hold the whole model: one loaded after the other, in both sessions.
+    times = sorted(tuple(turn) for turns in found["turns"] for turn in turns)
+    assert len(times) == 4
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(times))
     assert records[0]["trained"] == records[1]["trained"]
     assert records[0]["vision_tower"] == records[1]["vision_tower"]
+
+
+def test_output_layer_is_trained_and_merged_by_two_processes_as_by_one(world: Path) -> None:
+    recipe = recipe_of(world, lora__train_lm_head=True)
+    run_tuning(recipe, world / "head_one", merge=True, progress=False)
+    run_two("group", world / "head_two", world, lora__train_lm_head=True, merge=True)
+    one, two = (weights_of(world / run) for run in ("head_one", "head_two"))
+    assert any("lm_head" in name for name in one)
+    assert_close(one, two)
+    merged = [world / run / "merged" / "model.safetensors" for run in ("head_one", "head_two")]
+    assert_close(*map(load_file, merged))
+
+
+def test_run_of_two_processes_is_resumed_by_one(
+    world: Path, alone: dict[str, torch.Tensor]
+) -> None:
+    # Stopped in the sixth update, of four micro-batches in each process.
+    run_two("group", world / "handed", world, stop=22, checkpoint__every_steps=1)
+    unfinished = unfinished_path(world / "handed")
+    assert sorted(path.name for path in (unfinished / "checkpoints").iterdir())[-1] == (
+        "checkpoint-5"
+    )
+    run_tuning(recipe_of(world), world / "handed", progress=False, resume=True)
+    assert_close(alone, weights_of(world / "handed"))
+    log = (world / "handed" / "run.log").read_text()
+    assert "1 processes now, were 2" in log
+
+
+def test_number_of_micro_batches_that_was_stated_is_that_of_one_process(world: Path) -> None:
+    stated = {"optim__batch_size": None, "optim__accumulation": 4}
+    run_two("group", world / "stated", world, stop=22, checkpoint__every_steps=1, **stated)
+    with pytest.raises(UserError, match=r"optim\.batch_size' is 4, .* started with 8"):
+        run_tuning(recipe_of(world, **stated), world / "stated", progress=False, resume=True)
 
 
 @pytest.fixture(scope="module")

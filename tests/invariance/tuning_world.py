@@ -1,7 +1,8 @@
 """A tiny tuning through the real trainer, in one process or several; it can be killed, too.
 
 As a program it is one of these:
-    group RESULT FOLDER        one process of a group (torchrun's variables)
+    group RESULT FOLDER [JSON] one process of a group (torchrun's variables); JSON: changes to the
+                               recipe, "stop" a micro-batch to stop at, "merge"
     sharded RESULT FOLDER      the same with divided weights, stopped once and resumed
     kills FOLDER COUNT SEED    `whole` from start to end, `killed` with that many `kill -9`
 """
@@ -25,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 from tiny_llava_files import write_tiny_llava
 
 from kuea_mllm.config.lora import LoraRecipe
-from kuea_mllm.training.distributed import init_if_launched, leave
+from kuea_mllm.training.distributed import gather_objects, init_if_launched, leave
 from kuea_mllm.training.run_directory import unfinished_path
+from kuea_mllm.tuning import assemble
 from kuea_mllm.tuning.model import TuningModel
 from kuea_mllm.tuning.run import TuningResult, run_tuning
 from kuea_mllm.tuning.trainer import TuningTrainer
@@ -160,19 +162,55 @@ def kill_often(folder: Path, kills: int, seed: int) -> None:
     sys.stdout.write(f"{killed}\n")
 
 
-def run_in_group(result: Path, folder: Path) -> None:
+def stop_at(batch: int) -> None:
+    """Let the model fail at that micro-batch."""
+    forward, begun = TuningModel.forward, []
+
+    def failing(self, **given):
+        begun.append(None)
+        if len(begun) == batch:
+            raise RuntimeError("stopped")
+        return forward(self, **given)
+
+    TuningModel.forward = failing
+
+
+def run_in_group(result: Path, folder: Path, changes: dict) -> None:
     init_if_launched("cpu")
     torch.set_num_threads(1)
-    found: TuningResult = run_tuning(recipe_of(folder), result, progress=False)
+    merge, stop = changes.pop("merge", False), changes.pop("stop", 0)
+    recipe = recipe_of(folder, **changes)
+    if stop:
+        stop_at(stop)
+        try:
+            run_tuning(recipe, result, progress=False)
+        except RuntimeError:
+            leave()
+        return
+    found: TuningResult = run_tuning(recipe, result, merge=merge, progress=False)
     leave()
     if os.environ["RANK"] == "0":
         sys.stdout.write(json.dumps(found.to_dict()) + "\n")
 
 
 def run_sharded(result: Path, folder: Path) -> None:
-    """Run with divided weights; print what a process held of them between forward and backward."""
+    """Run with divided weights.
+
+    Print what a process held of them between forward and backward, and when each was loading.
+    """
     init_if_launched("cpu")
     torch.set_num_threads(1)
+    load, loading = assemble._load, []
+
+    def timed(*args):
+        # The clock is that of the machine.
+        begun = time.monotonic()
+        model = load(*args)
+        time.sleep(0.05)
+        loading.append((begun, time.monotonic()))
+        return model
+
+    assemble._load = timed
     forward = TuningModel.forward
     held: list[tuple[int, int]] = []
 
@@ -190,15 +228,16 @@ def run_sharded(result: Path, folder: Path) -> None:
         run_tuning(recipe, result, progress=False)
     except RuntimeError:
         run_tuning(recipe, result, progress=False, resume=True)
+    turns = gather_objects(loading)
     leave()
     if os.environ["RANK"] == "0":
-        sys.stdout.write(json.dumps(sorted(set(held))) + "\n")
+        sys.stdout.write(json.dumps({"held": sorted(set(held)), "turns": turns}) + "\n")
 
 
 def main() -> None:
     task, *words = sys.argv[1:]
     if task == "group":
-        run_in_group(Path(words[0]), Path(words[1]))
+        run_in_group(Path(words[0]), Path(words[1]), json.loads((words[2:] or ["{}"])[0]))
     elif task == "sharded":
         run_sharded(Path(words[0]), Path(words[1]))
     else:

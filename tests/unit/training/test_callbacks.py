@@ -205,3 +205,14 @@ def test_progress_is_shown_by_process_zero_only():
     log(progress, 1, {"loss_kernel": 0.25})
     progress.on_train_end(None, state_at(1), TrainerControl())
     assert progress._bar is None
+
+
+def test_closed_bar_ends_its_line_and_takes_no_notice_of_what_follows(capsys):
+    progress = TrainingProgress("align")
+    begin(progress, max_steps=50)
+    progress.close()
+    assert capsys.readouterr().err.endswith("\n")
+    progress.on_step_end(None, state_at(1), TrainerControl())
+    log(progress, 1, {"loss_kernel": 0.25})
+    progress.on_train_end(None, state_at(1), TrainerControl())
+    assert capsys.readouterr().err == ""

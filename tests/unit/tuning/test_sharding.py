@@ -28,13 +28,6 @@ def test_quantised_weights_are_not_divided() -> None:
         require_shardable(recipe(runtime={"sharding": "fsdp"}, model={"quantization": "nf4"}))
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_fsdp_of_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch, sharding: str) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP"):
-        require_shardable(recipe(runtime={"sharding": sharding}))
-
-
 def test_plain_run_needs_nothing() -> None:
     require_shardable(recipe())
     assert not is_sharded(tiny_model())
@@ -43,4 +36,4 @@ def test_plain_run_needs_nothing() -> None:
 def test_language_model_without_layers_is_refused() -> None:
     parts = replace(PARTS, language_model="model.multi_modal_projector")
     with pytest.raises(UserError, match="no list of layers"):
-        shard_frozen(tiny_model(), parts, torch.device("cpu"))
+        shard_frozen(tiny_model(), parts, torch.device("cpu"), mesh=None)
