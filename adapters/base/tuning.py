@@ -87,6 +87,7 @@ class TuningParts:
         output_head: The layer that gives the logits.
         excluded: Modules inside of `language_model` that take no LoRA, as cross-attention to
             images; last names or dotted paths.
+        other_encoders: Encoders beside the tower, frozen as it is.
         vocabulary_size: Leading rows of the output layer that stand for tokens; those behind fill
             up, and take no part in the loss.
     """
@@ -97,6 +98,17 @@ class TuningParts:
     output_head: str
     vocabulary_size: int
     excluded: tuple[str, ...] = ()
+    other_encoders: tuple[str, ...] = ()
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The tower and what reads images beside it."""
+        return (self.vision_tower, *self.other_encoders)
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """All that takes no LoRA and is never quantised."""
+        return (*self.encoders, *self.projector, self.output_head)
 
 
 @runtime_checkable
