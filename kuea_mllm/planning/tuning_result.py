@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kuea_mllm.cards import GIB, Card
 from kuea_mllm.errors import UserError
-from kuea_mllm.planning.cards import GIB, Card
 from kuea_mllm.planning.result import TOLERANCE, MemoryPart
 
 

@@ -1,13 +1,14 @@
 """What a tuning takes at the true sizes, and which way to run it is chosen."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from kuea_mllm.cards import CARDS, GIB, card_or_device
 from kuea_mllm.config.lora import LoraConfig, LoraRecipe
 from kuea_mllm.config.recipes import load_recipe
 from kuea_mllm.errors import UserError
-from kuea_mllm.planning.cards import CARDS, GIB, card_or_device
 from kuea_mllm.planning.tuning import check_tuning_memory, plan_tuning
 from kuea_mllm.planning.tuning_memory import model_sizes, moment_bytes, trained_sizes
 from kuea_mllm.planning.tuning_models import find_mllm, known_mllms
