@@ -153,6 +153,7 @@ def _plan(
         frozen={
             "language model": sizes.linear + sizes.rest,
             "vision tower": sizes.tower,
+            **({"other encoders": sizes.other_encoders} if sizes.other_encoders else {}),
             "projector": 0 if trained.projector else sizes.projector,
         },
         trained={

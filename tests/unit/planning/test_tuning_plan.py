@@ -32,6 +32,17 @@ def test_true_7b_trains_the_published_number_of_parameters():
     assert model_sizes(LLAVA_7B).total == 7_063_427_072
 
 
+def test_true_mixture_has_dinov2_beside_the_7b():
+    mixture = known_mllms()["llava-1.5-7b-mof"]
+    sizes, plain = model_sizes(mixture), model_sizes(LLAVA_7B)
+    assert sizes == replace(plain, other_encoders=304_368_640)
+    plan = plan_tuning(recipe(**{"model.path": "llava-1.5-7b-mof"}), compare=False)
+    assert plan.frozen["other encoders"] == 304_368_640
+    more = plan.memory_gib - plan_tuning(recipe(), compare=False).memory_gib
+    # Both encoders are 1024 wide, so what is tuned is the same: DINOv2 itself, in bfloat16.
+    assert more * GIB == pytest.approx(2 * 304_368_640, rel=0.1)
+
+
 def test_peft_makes_as_many_parameters_of_a_true_layer():
     model = LLAVA_7B.build_empty()
     del decoder_layers(model, LLAVA_7B.parts)[1:]
