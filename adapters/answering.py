@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kuea_mllm.adapters.base import ChatRequest
+from kuea_mllm.adapters.generation import generation_options
 from kuea_mllm.adapters.prefix_sharing import SharedPrefixes
 from kuea_mllm.errors import EnvironmentFailure
 
@@ -50,7 +51,6 @@ class AnsweringRuntime(ABC):
         )
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
-    @abstractmethod
     def generate_ids(
         self,
         requests: Sequence[ChatRequest],
@@ -60,7 +60,20 @@ class AnsweringRuntime(ABC):
         temperature: float = 0.0,
         top_p: float | None = None,
     ) -> list[list[int]]:
-        """Answer a batch of questions with token ids, end tokens and padding left out."""
+        """Answer a batch of questions with token ids, end tokens and padding left out.
+
+        Raises:
+            UserError: If an option is out of range, or the model cannot take a question.
+            EnvironmentFailure: If the device runs out of memory.
+        """
+        options = generation_options(max_new_tokens, num_beams, temperature, top_p)
+        return self._answer(requests, options) if requests else []
+
+    @abstractmethod
+    def _answer(
+        self, requests: Sequence[ChatRequest], options: Mapping[str, Any]
+    ) -> list[list[int]]:
+        """Answer some questions; options are those of `generate` of transformers."""
 
     def _go_on(self, inputs: dict[str, Any], options: Mapping[str, Any]) -> list[list[int]]:
         """Return the new tokens of each row, up to where it ends."""

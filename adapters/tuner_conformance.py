@@ -64,6 +64,13 @@ def tuner_problems_of(adapter: MLLMAdapter, base: Path) -> list[str]:
     if not isinstance(adapter, MLLMTuner):
         return ["the adapter does not provide what MLLMTuner asks for"]
     checks: list[Callable[[Any, Path], Iterator[str]]] = [_parts, _format, _model, _states, _graph]
+    return findings_of(checks, adapter, base)
+
+
+def findings_of(
+    checks: Sequence[Callable[[Any, Path], Iterator[str]]], adapter: object, base: Path
+) -> list[str]:
+    """Return what some checks find; a check that fails is a finding too."""
     problems: list[str] = []
     for check in checks:
         try:

@@ -17,7 +17,6 @@ from kuea_mllm.adapters.answering import (
 )
 from kuea_mllm.adapters.base import ChatRequest
 from kuea_mllm.adapters.choosing import candidate_tokens, likeliest
-from kuea_mllm.adapters.generation import generation_options
 from kuea_mllm.adapters.hf_vlm.sharing import ImageSharing
 from kuea_mllm.adapters.hf_vlm.structure import conversing_class, find_tower
 from kuea_mllm.adapters.images import as_plain_rgb
@@ -85,22 +84,9 @@ class HFVLMRuntime(AnsweringRuntime):
             model = load_model(loader, model_dir, dtype=torch_dtype, device=torch_device)
         return cls(model, processor, str(model_dir))
 
-    def generate_ids(
-        self,
-        requests: Sequence[ChatRequest],
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        temperature: float = 0.0,
-        top_p: float | None = None,
+    def _answer(
+        self, requests: Sequence[ChatRequest], options: Mapping[str, Any]
     ) -> list[list[int]]:
-        """Answer a batch of questions with token ids, end tokens and padding left out.
-
-        Raises:
-            UserError: If an option is out of range, or the model cannot take a question.
-            EnvironmentFailure: If the device runs out of memory.
-        """
-        options = generation_options(max_new_tokens, num_beams, temperature, top_p)
         answers: dict[int, list[int]] = {}
         for positions in _same_image_counts(requests):
             group = [requests[position] for position in positions]

@@ -22,7 +22,6 @@ from kuea_mllm.adapters.answering import (
 )
 from kuea_mllm.adapters.base import ChatRequest
 from kuea_mllm.adapters.choosing import candidate_tokens, likeliest
-from kuea_mllm.adapters.generation import generation_options
 from kuea_mllm.adapters.llava.adapter import model_class
 from kuea_mllm.adapters.llava.images import PaddedImages, padded_images
 from kuea_mllm.adapters.llava.loading import load_model_and_tokenizer
@@ -81,33 +80,19 @@ class LlavaRuntime(AnsweringRuntime):
         model, tokenizer = load_model_and_tokenizer(loader, model_dir, dtype=dtype, device=device)
         return cls(model, tokenizer, images, str(model_dir))
 
-    def generate_ids(
-        self,
-        requests: Sequence[ChatRequest],
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        temperature: float = 0.0,
-        top_p: float | None = None,
+    def _answer(
+        self, requests: Sequence[ChatRequest], options: Mapping[str, Any]
     ) -> list[list[int]]:
-        """Answer a batch of questions with token ids, the end token and padding left out.
-
-        Raises:
-            UserError: If an option is out of range.
-            EnvironmentFailure: If the device runs out of memory.
-        """
-        options = generation_options(max_new_tokens, num_beams, temperature, top_p)
-        if not requests:
-            return []
         prompts = self._prompts(requests)
-        self._warn_of_length(max(len(prompt.ids) for prompt in prompts) + max_new_tokens)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        self._warn_of_length(longest + options["max_new_tokens"])
         tokens = {
             "pad_token_id": self._pad_token_id,
             "bos_token_id": self.tokenizer.bos_token_id,
             "eos_token_id": self.tokenizer.eos_token_id,
         }
         with self._memory_named(len(requests)), torch.inference_mode():
-            return self._go_on(self._inputs(prompts, requests), options | tokens)
+            return self._go_on(self._inputs(prompts, requests), {**options, **tokens})
 
     def choose(self, requests: Sequence[ChatRequest], candidates: Sequence[str]) -> list[str]:
         """Pick the likeliest candidate for each question; see `ChoosingRuntime.choose`.

@@ -70,7 +70,7 @@ class Repeating(AnsweringRuntime):
         self.model = SimpleNamespace(generate=generate)
         self._ends, self._suppressed = [8, 9], []
 
-    def generate_ids(self, *_: Any, **__: Any) -> list[list[int]]:
+    def _answer(self, *_: Any) -> list[list[int]]:
         raise NotImplementedError
 
 
