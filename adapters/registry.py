@@ -7,8 +7,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import NoReturn
 
 from kuea_mllm.adapters.base import AdapterManifest, MLLMAdapter
+from kuea_mllm.adapters.records import PEFT_CONFIG
 from kuea_mllm.errors import UserError
 from kuea_mllm.io import read_json
 
@@ -122,10 +124,25 @@ def read_model_config(model_dir: Path) -> Mapping[str, object]:
             f"model directory {model_dir} does not exist.",
             "Give the path of a local Hugging Face model directory.",
         )
+    if not (model_dir / "config.json").is_file():
+        _refuse_other_directory(model_dir)
     config = read_json(model_dir / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"file {model_dir / 'config.json'} does not hold a JSON object.")
     return config
+
+
+def _refuse_other_directory(path: Path) -> NoReturn:
+    # `kuea-mllm lora` leaves a run with its weights in `adapter/`.
+    if any((folder / PEFT_CONFIG).is_file() for folder in (path, path / "adapter")):
+        raise UserError(
+            f"{path} holds LoRA weights, not a model.",
+            f"Merge them first: `kuea-mllm merge {path} MERGED`, and give MERGED.",
+        )
+    raise UserError(
+        f"file {path / 'config.json'} is missing.",
+        "Give the path of a local Hugging Face model directory.",
+    )
 
 
 def _discover() -> tuple[dict[str, AdapterManifest], dict[str, str]]:

@@ -16,12 +16,16 @@ from kuea_mllm.adapters.answering import (
     unwritable_tokens,
 )
 from kuea_mllm.adapters.base import ChatRequest
-from kuea_mllm.adapters.choosing import candidate_tokens, likeliest
+from kuea_mllm.adapters.choosing import likeliest
+from kuea_mllm.adapters.hf_vlm.answering import answer_tokens
 from kuea_mllm.adapters.hf_vlm.sharing import ImageSharing
 from kuea_mllm.adapters.hf_vlm.structure import conversing_class, find_tower
 from kuea_mllm.adapters.images import as_plain_rgb
 from kuea_mllm.adapters.loading import failures_named, load_model, resolve_device, resolve_dtype
 from kuea_mllm.errors import UserError
+
+# Those that put a single image whole into the middle of a square; others tile, stretch or crop.
+_PADDING = {"DeepseekVLHybridImageProcessor", "DeepseekVLImageProcessor", "LlavaImageProcessor"}
 
 _RESTORE = "Restore chat_template.jinja and processor_config.json from the base model."
 
@@ -61,6 +65,7 @@ class HFVLMRuntime(AnsweringRuntime):
         )
         self.sharing = ImageSharing(model, self.tokenizer.pad_token_id)
         self.prefixes = self.sharing.prefixes
+        self._choices: dict[tuple[str, ...], list[int]] = {}
 
     @classmethod
     def load(cls, model_dir: Path, *, dtype: str, device: str) -> HFVLMRuntime:
@@ -100,10 +105,10 @@ class HFVLMRuntime(AnsweringRuntime):
 
         Raises:
             UserError: Naming a candidate that is not one token of its own, or if the model cannot
-                take a question.
+                take a question or begins its answers with something else.
             EnvironmentFailure: If the device runs out of memory.
         """
-        tokens = candidate_tokens(self.tokenizer, candidates)
+        tokens = self._tokens_of(tuple(candidates))
         chosen: dict[int, str] = {}
         for positions in _same_image_counts(requests):
             group = [requests[position] for position in positions]
@@ -155,6 +160,7 @@ class HFVLMRuntime(AnsweringRuntime):
             **describe_model(self.model),
             "conversation": "chat template of the model",
             "images": type(self.processor.image_processor).__name__,
+            "pads_to_square": _pads_to_square(self.processor.image_processor),
             "tower": self._tower.path,
             "suppressed_tokens": len(self._suppressed),
         }
@@ -163,6 +169,11 @@ class HFVLMRuntime(AnsweringRuntime):
         """Return the tensors of the tower in use."""
         state: Mapping[str, Tensor] = self._tower.module.state_dict()
         return state
+
+    def _tokens_of(self, candidates: tuple[str, ...]) -> list[int]:
+        if candidates not in self._choices:
+            self._choices[candidates] = answer_tokens(self.processor, candidates, self._where)
+        return self._choices[candidates]
 
     def _conversation(self, request: ChatRequest) -> list[dict[str, Any]]:
         question = request.prompt
@@ -209,6 +220,11 @@ def require_chat(processor: Any, where: str) -> None:
             "Swapping and verifying work without one. To ask questions, add the "
             "chat_template.jinja that the model was trained with, or use an adapter of its own.",
         )
+
+
+def _pads_to_square(image_processor: Any) -> bool:
+    name = type(image_processor).__name__.removesuffix("Fast").removesuffix("Pil")
+    return name in _PADDING and bool(image_processor.do_pad)
 
 
 def _same_image_counts(requests: Sequence[ChatRequest]) -> list[list[int]]:

@@ -181,6 +181,7 @@ class LlavaRuntime(AnsweringRuntime):
             **describe_model(self.model),
             "conversation": "v1",
             "images": "padded to a square, resized with PIL",
+            "pads_to_square": True,
             "tokens_per_image": self._tokens_per_image,
             "suppressed_tokens": len(self._suppressed),
         }

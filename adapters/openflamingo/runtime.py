@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +24,11 @@ from kuea_mllm.adapters.openflamingo.ranking import rank_names, rank_names_as_re
 from kuea_mllm.adapters.openflamingo.released_beam import released_beam_search
 from kuea_mllm.errors import UserError
 
+LOGGER = logging.getLogger("kuea_mllm")
+
 _COUNTED_AT_ONCE = 1024
+# Of `build_prompt`. With the colon: an answer may hold the words.
+_NEXT_TURN = re.compile("Question:|Short answer:")
 # Images whose latents are remembered for the next questions about them: 64 MiB of the 3B model.
 _REMEMBERED = 256
 
@@ -40,6 +46,7 @@ class OpenFlamingoRuntime:
         self.processor = processor
         forget_stored_settings(model)
         self._latents: OrderedDict[str, Tensor] = OrderedDict()
+        self._shortened: set[int] = set()
 
     @classmethod
     def load(cls, model_dir: Path, *, dtype: str, device: str) -> OpenFlamingoRuntime:
@@ -77,17 +84,20 @@ class OpenFlamingoRuntime:
     ) -> list[str]:
         """Answer a batch of questions in the format of visual question answering, zero-shot.
 
-        See `MLLMRuntime.generate`; demonstrations go through `complete`.
+        See `MLLMRuntime.generate`; demonstrations go through `complete`. An answer ends where the
+        model goes on with a question or an answer of its own making: without demonstrations it may
+        not know that `<|endofchunk|>` belongs behind the first. It takes at most half of the
+        context, whatever is allowed.
         """
         answers = self.complete(
             [build_prompt(request.prompt, image_count=len(request.images)) for request in requests],
             self._encoded(requests),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self._longest_answer(max_new_tokens),
             num_beams=num_beams,
             temperature=temperature,
             top_p=top_p,
         )
-        return [answer.strip() for answer in answers]
+        return [_NEXT_TURN.split(answer, maxsplit=1)[0].strip() for answer in answers]
 
     def choose(self, requests: Sequence[ChatRequest], candidates: Sequence[str]) -> list[str]:
         """Pick the likeliest candidate for each question; see `ChoosingRuntime.choose`.
@@ -224,6 +234,22 @@ class OpenFlamingoRuntime:
             self._latents.popitem(last=False)
         return [[found[key] for key in request.image_keys] for request in requests]
 
+    def _longest_answer(self, asked: int) -> int:
+        # By the model alone: what a prompt leaves free would depend on the others of its batch.
+        most = self._context // 2
+        if asked > most and asked not in self._shortened:
+            self._shortened.add(asked)
+            LOGGER.warning(
+                "Answers of up to %d tokens are allowed: they end after %d, half of the context.",
+                asked,
+                most,
+            )
+        return min(asked, most)
+
+    @property
+    def _context(self) -> int:
+        return int(self.model.config.text_config.max_position_embeddings)
+
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         """Return the length of each prompt in tokens."""
         counts: list[int] = []
@@ -235,9 +261,8 @@ class OpenFlamingoRuntime:
 
     def prompt_room(self, max_new_tokens: int) -> int:
         """Return the most tokens that a prompt may have with an answer of this length."""
-        longest: int = self.model.config.text_config.max_position_embeddings
         # The last new token is never fed back.
-        return longest - max(max_new_tokens - 1, 0)
+        return self._context - max(max_new_tokens - 1, 0)
 
     def prepare(
         self,
@@ -259,6 +284,12 @@ class OpenFlamingoRuntime:
             UserError: If images and prompts do not match, or prompt and answer exceed the context.
         """
         room = self.prompt_room(max_new_tokens)
+        if room < 1:
+            raise UserError(
+                f"{max_new_tokens} new tokens leave no room for a prompt in the {self._context} "
+                "tokens of the context.",
+                "Ask for shorter answers.",
+            )
         rows: Sequence[Sequence[Any]] = images
         encoded = any(isinstance(image, Tensor) for row in rows for image in row)
         if encoded and not released_counts:
@@ -285,8 +316,10 @@ class OpenFlamingoRuntime:
             **describe_model(self.model),
             "conversation": "Question:... Short answer:",
             "images": "resized with PIL and cropped to a square, then made RGB",
+            "pads_to_square": False,
             "tokens_per_image": self.model.config.num_latents,
             "suppressed_tokens": 2,
+            "longest_answer": self._context // 2,
         }
 
     def vision_state(self) -> Mapping[str, Tensor]:

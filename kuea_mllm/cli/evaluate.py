@@ -198,6 +198,7 @@ def _run(
     show_progress: bool,
     resume: bool,
     restart: bool,
+    same_as: Path | None = None,
 ) -> dict[str, Any]:
     from kuea_mllm.config.recipes import recipe_to_yaml
     from kuea_mllm.evaluation.runner import evaluate as run_evaluation
@@ -228,6 +229,7 @@ def _run(
         shared_prefix=recipe.shared_prefix,
         resume=resume,
         restart=restart,
+        same_as=same_as,
     )
 
 
@@ -243,14 +245,23 @@ def _run_pair(
     from kuea_mllm.config.recipes import recipe_to_yaml
     from kuea_mllm.evaluation.opening import choose_adapter
     from kuea_mllm.evaluation.plugin import MODEL_ID
-    from kuea_mllm.workflows.against import REPORT, evaluate_pair
+    from kuea_mllm.workflows.against import BASELINE, REPORT, evaluate_pair
 
     for path in models.values() if recipe.backend == MODEL_ID else ():
         # Both, before the first of them is evaluated for hours.
         choose_adapter(path, options["mllm"]).check_base(path)
 
     def run(model: Path, folder: Path, going_on: bool) -> dict[str, Any]:
-        return _run(recipe, model, folder, resume=going_on, restart=False, **options)
+        first = folder.with_name(BASELINE)
+        return _run(
+            recipe,
+            model,
+            folder,
+            resume=going_on,
+            restart=False,
+            same_as=first if folder != first else None,
+            **options,
+        )
 
     comparison = evaluate_pair(
         models,

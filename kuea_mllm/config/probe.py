@@ -16,7 +16,7 @@ Fault = Literal["tensor_resize", "raw_pixels", "cut_captions"]
 
 
 class ExpectedScores(StrictModel):
-    """Scores of untouched towers for one column, in percent."""
+    """Published scores of one column, in percent."""
 
     column: str = Field(description="Name of the column in the results.")
     table: PositiveInt | None = Field(

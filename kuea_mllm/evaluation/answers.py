@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 from kuea_mllm.adapters.base import ChoosingRuntime
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.generation import Answerer, OwnPicture
+from kuea_mllm.evaluation.generation import Answerer, OwnPicture, one_line
 from kuea_mllm.evaluation.preparing import strict_image_files
 from kuea_mllm.evaluation.processes import (
     AnsweredElsewhereError,
@@ -91,11 +90,15 @@ def _show_others(session: Session, questions: Sequence[PendingQuestion]) -> None
     for question in questions:
         if session.on_images is None or question.doc_id >= session.shown:
             continue
-        # What cannot be read was reported where the question was answered, or will be nowhere.
-        with suppress(Exception), strict_image_files():
-            images = tuple(question.load_images() or ())
-            if question.settings.completes:
-                images = tuple(OwnPicture(images))
-            session.on_images(
-                question.task, question.doc_id, [image.convert("RGB") for image in images]
-            )
+        try:
+            with strict_image_files():
+                images = tuple(question.load_images() or ())
+                if question.settings.completes:
+                    images = tuple(OwnPicture(images))
+                shown = [image.convert("RGB") for image in images]
+        # Of any data set. Where the question was answered, the same was reported as its failure.
+        except Exception as error:
+            line = one_line(error)
+            LOGGER.debug("No picture of %s, document %d: %s", question.task, question.doc_id, line)
+            continue
+        session.on_images(question.task, question.doc_id, shown)

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from kuea_mllm.evaluation.measures import Array
 from kuea_mllm.evaluation.pairing import ColumnComparison, seeds_json
 from kuea_mllm.evaluation.resampling import ROUNDING, percentile_interval
-from kuea_mllm.evaluation.statistics import Array
+from kuea_mllm.evaluation.shared_pictures import widening
 from kuea_mllm.evaluation.stats import SeedSpread, Verdict, bootstrap_p, decide, seed_spread
 
 
@@ -65,8 +66,8 @@ def compare_average(
 
     Every column is resampled by itself; the average of the resampled differences gives interval
     and p-value. Columns about exactly the same images (recall at 1, 5 and 10, a data set at 0 and
-    at 4 shots) are taken as fully dependent, which can only widen the interval; images that columns
-    share only in part, as independent.
+    at 4 shots) are taken as fully dependent, which can only widen the interval. Where columns share
+    only some images, the spread is that of differences which depend on each other by those images.
 
     Args:
         columns: The columns.
@@ -122,7 +123,12 @@ def _interval(columns: Sequence[ColumnComparison]) -> tuple[float, float, float]
     for column in columns:
         groups.setdefault(column.pictures or f"task {column.task}", []).append(column)
     rng = np.random.default_rng(0)
-    draws: Array = np.sum([_draws(members, rng) for members in groups.values()], axis=0)
+    parts = [_draws(members, rng) for members in groups.values()]
+    draws: Array = np.sum(parts, axis=0)
+    wider = widening(parts, [[column.pulls for column in group] for group in groups.values()])
+    if wider != 1.0:
+        centre = float(draws.mean())
+        draws = centre + wider * (draws - centre)
     draws /= len(columns)
     freedom = sum(max(member.clusters - 1 for member in members) for members in groups.values())
     low, high = percentile_interval(draws, freedom)

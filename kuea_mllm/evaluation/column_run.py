@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.backends import BackendSession
+from kuea_mllm.evaluation.backend_session import BackendSession
 from kuea_mllm.evaluation.columns import build_column
 from kuea_mllm.evaluation.fewshot.plan import read_plan, write_shown
 from kuea_mllm.evaluation.fewshot.task_files import FewShotTask
 from kuea_mllm.evaluation.harness import run_lmms_eval, save_lmms_files
+from kuea_mllm.evaluation.jobs import Job
 from kuea_mllm.evaluation.judging.column import write_documents
 from kuea_mllm.evaluation.judging.finished import documents_path
 from kuea_mllm.evaluation.judging.task import judged_documents, take_over_scoring
 from kuea_mllm.evaluation.opening import Placement
-from kuea_mllm.evaluation.results import write_rows
+from kuea_mllm.evaluation.provenance import describe_runtime
+from kuea_mllm.evaluation.results import load_results, write_rows
 from kuea_mllm.evaluation.session import Session
-from kuea_mllm.evaluation.task_yaml import WrittenTask
+from kuea_mllm.evaluation.suites.remarks import remarks_on
 from kuea_mllm.evaluation.thumbnails import thumbnail_writer
 from kuea_mllm.evaluation.unfinished import COLUMN, Unfinished
 from kuea_mllm.io import read_json, write_json
@@ -57,13 +59,7 @@ class RunOptions:
 
 
 def run_column(
-    name: str,
-    task: Any,
-    session: Session | BackendSession,
-    options: RunOptions,
-    folder: Path,
-    *,
-    written: WrittenTask | None,
+    job: Job, session: Session | BackendSession, options: RunOptions, folder: Path
 ) -> None:
     """Ask the questions of one task and write its column.
 
@@ -71,17 +67,16 @@ def run_column(
     `judging.finished`).
 
     Args:
-        name: The task.
-        task: lmms-eval's task object.
+        job: The task.
         session: The open model, ours or a backend's; its failures become those of this task.
         options: What all columns share.
         folder: Empty directory of the column.
-        written: What we wrote for the task, if it is one of ours.
 
     Raises:
         UserError: If the task cannot be scored.
         EnvironmentFailure: If its first questions all fail, or lmms-eval loses documents.
     """
+    name, task = job.name, job.load()
     session.failures = []
     session.on_images = thumbnail_writer(folder / "thumbnails", options.thumbnails)
     if isinstance(session, BackendSession):
@@ -108,13 +103,15 @@ def run_column(
         failures=session.failures,
         limit=options.limit,
     )
+    column.entry["remarks"] = remarks_on(column.entry, column.rows, describe_runtime(session))
+    column.entry["content"] = job.content
     write_rows(folder / column.entry["samples"], column.rows)
     if is_judged:
         documents = judged_documents(name, task, samples[name])
         write_documents(documents_path(folder, name), documents)
-    if isinstance(written, FewShotTask):
-        plan = read_plan(written.path.with_suffix(".json"))
-        write_shown(folder / "fewshot" / f"{name}.json", plan, written.seed)
+    if isinstance(job.written, FewShotTask):
+        plan = read_plan(job.written.path.with_suffix(".json"))
+        write_shown(folder / "fewshot" / f"{name}.json", plan, job.written.seed)
     save_lmms_files(tracker, results, samples, folder / "lmms")
     failed = next((row for row in column.rows if row.failed), None)
     encoded, reused = (now - then for now, then in zip(_image_counts(session), before, strict=True))
@@ -123,7 +120,7 @@ def run_column(
         {
             "entry": column.entry,
             "first_failure": None if failed is None else [failed.doc_id, failed.error],
-            "content": None if written is None else written.content,
+            "content": job.content,
             "images_encoded": encoded,
             "images_reused": reused,
         },
@@ -139,19 +136,38 @@ def read_columns(unfinished: Unfinished, names: Sequence[str]) -> dict[str, dict
     }
 
 
-def require_same_content(unfinished: Unfinished, tasks: Sequence[WrittenTask]) -> None:
+def require_same_content(unfinished: Unfinished, jobs: Mapping[str, Job]) -> None:
     """Make sure that finished columns asked what would be asked now.
 
     Raises:
-        EvaluationError: Naming the data set whose files have changed.
+        EvaluationError: Naming the data set that has changed.
     """
-    known = read_columns(unfinished, [task.name for task in tasks])
-    for task in tasks:
-        if task.name in known and known[task.name]["content"] != task.content:
+    for name, column in read_columns(unfinished, list(jobs)).items():
+        if column["content"] != jobs[name].content:
             raise EvaluationError(
-                f"--resume: the questions or demonstrations of {task.name} are not those of the "
-                f"finished column: the files of data set {task.dataset} have changed.",
+                f"--resume: the questions, demonstrations or images of {name} are not those of "
+                f"the finished column: the files of {jobs[name].data} have changed.",
                 "Restore them, or drop the unfinished evaluation with --restart.",
+            )
+
+
+def require_same_questions(results: Path, jobs: Mapping[str, Job]) -> None:
+    """Make sure that another model was asked what would be asked now.
+
+    Args:
+        results: Its results directory.
+        jobs: The tasks.
+
+    Raises:
+        EvaluationError: Naming the data set that has changed.
+    """
+    for name, entry in load_results(results).columns.items():
+        # Older results do not say.
+        if name in jobs and entry.get("content") not in (None, jobs[name].content):
+            raise EvaluationError(
+                f"the questions, demonstrations or images of {name} are not those that {results} "
+                f"holds answers to: the files of {jobs[name].data} have changed since.",
+                "Restore them, or evaluate both models anew with --restart.",
             )
 
 

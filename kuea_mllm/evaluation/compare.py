@@ -213,6 +213,16 @@ def _others(system: System, tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in tasks)
 
 
+def _remarks(label: str, system: System) -> list[str]:
+    """Say what has to be known about a system's scores; the same of several columns only once."""
+    columns: dict[str, dict[str, None]] = {}
+    for run in system.runs:
+        for entry in run.summary["columns"].values():
+            for remark in entry.get("remarks") or ():
+                columns.setdefault(remark, {})[entry["column"]] = None
+    return [f"{label}, {', '.join(names)}: {remark}." for remark, names in columns.items()]
+
+
 def _warnings(
     baseline: System, candidate: System, columns: Sequence[ColumnComparison], candidates: int
 ) -> list[str]:
@@ -227,6 +237,8 @@ def _warnings(
         found.append(
             f"Only the {which} {limit} documents of each task were used{drawn}: no benchmark score."
         )
+    for side, system in (("baseline", baseline), ("candidate", candidate)):
+        found += _remarks(system.label or side, system)
     for column in columns:
         if column.dropped:
             found.append(

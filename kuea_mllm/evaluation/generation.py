@@ -188,20 +188,24 @@ class Answerer:
             index, question, _ = ready[0]
             return {index: self._fail(question, failure.line)}
         if failure.is_out_of_memory:
-            size = len(ready) // 2
-            self.batch_size = min(self.batch_size, size)
+            self.batch_size = min(self.batch_size, len(ready) // 2)
             _release_memory()
-            LOGGER.warning("Out of memory at a batch of %d: going on with %d.", len(ready), size)
+            LOGGER.warning(
+                "Out of memory at a batch of %d: going on with %d.", len(ready), self.batch_size
+            )
         else:
-            size = 1
             LOGGER.warning(
                 "A batch of %d failed (%s): trying its questions one by one.",
                 len(ready),
                 failure.line,
             )
         answers: dict[int, str] = {}
-        for start in range(0, len(ready), size):
+        start = 0
+        while start < len(ready):
+            # Read anew for each part: the first may have found that half is too many as well.
+            size = self.batch_size if failure.is_out_of_memory else 1
             answers.update(self._generate(ready[start : start + size]))
+            start += size
         return answers
 
     def _fail(self, question: PendingQuestion, line: str) -> str:

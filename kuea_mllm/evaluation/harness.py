@@ -24,7 +24,7 @@ from kuea_mllm.evaluation.session import (
 )
 
 if TYPE_CHECKING:
-    from kuea_mllm.evaluation.backends import BackendSession
+    from kuea_mllm.evaluation.backend_session import BackendSession
 
 
 def run_lmms_eval(

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.config.evaluate import FLAMINGO_SUITE, FewShotSettings, SuiteSettings
 from kuea_mllm.errors import EvaluationError
+from kuea_mllm.evaluation.content import hash_documents
 from kuea_mllm.evaluation.fewshot.task_files import FewShotTask, require_inputs, write_fewshot_tasks
 from kuea_mllm.evaluation.harness import stdout_to_stderr
 from kuea_mllm.evaluation.judging.prompts import STOCK_TASKS
-from kuea_mllm.evaluation.loading import load_tasks
+from kuea_mllm.evaluation.loading import describe_data, load_tasks
 from kuea_mllm.evaluation.suites.registry import (
     DataFolders,
     PlannedColumn,
@@ -85,6 +86,8 @@ class Job:
         written: What was written for it, if we wrote it.
         generation: How it is to be answered.
         limit: Documents that lmms-eval uses; None where the task is cut down already.
+        data: Its data set, in words.
+        content: Hash of what it asks; a resumed evaluation knows it by that. None if unknown.
     """
 
     name: str
@@ -92,6 +95,8 @@ class Job:
     written: WrittenTask | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
+    data: str = ""
+    content: str | None = None
 
     def get_config(self, key: str) -> Any:
         """Say what lmms-eval's object would say about its generation, without loading it."""
@@ -104,11 +109,6 @@ class Jobs:
 
     all: Mapping[str, Job]
     fewshot: Sequence[FewShotTask] = field(default=())
-
-    @property
-    def written(self) -> list[WrittenTask]:
-        """The tasks that we wrote."""
-        return [job.written for job in self.all.values() if job.written is not None]
 
 
 def read_wishes(
@@ -159,7 +159,7 @@ def open_jobs(wishes: Wishes, device: str) -> Iterator[Jobs]:
                 Path(folder), wishes.fewshot, wishes.fewshot_data, **limits, device=device
             )
         jobs = [*named, *(_column_job(task, wishes) for task in columns)]
-        jobs += [Job(task.name, partial(_load, task), task, task.generation) for task in fewshot]
+        jobs += [_written_job(task, task.generation) for task in fewshot]
         yield Jobs(_by_name(jobs), fewshot)
 
 
@@ -190,7 +190,15 @@ def _load_named(wishes: Wishes) -> list[Job]:
     limit = None if is_drawn else wishes.limit
     # `pop`, because a task object holds all its requests and answers once it has run.
     return [
-        Job(name, partial(loaded.pop, name), None, _generation(task), limit)
+        Job(
+            name,
+            partial(loaded.pop, name),
+            None,
+            _generation(task),
+            limit,
+            data=describe_data(vars(task.config)),
+            content=hash_documents(task, limit),
+        )
         for name, task in loaded.items()
     ]
 
@@ -198,10 +206,29 @@ def _load_named(wishes: Wishes) -> list[Job]:
 def _column_job(task: SuiteTask, wishes: Wishes) -> Job:
     """Prepare a column: what lmms-eval reads is loaded now, what we wrote is known to load."""
     if not task.is_stock:
-        return Job(task.name, partial(_load, task), task, task.generation)
+        return _written_job(task, task.generation)
     loaded = [_load(task)]
     limit_task(loaded[0], wishes.limit, wishes.limit_seed, per_unit=task.per_unit)
-    return Job(task.name, loaded.pop, task, _generation(loaded[0]))
+    return Job(
+        task.name,
+        loaded.pop,
+        task,
+        _generation(loaded[0]),
+        data=f"data set {task.dataset} ({loaded[0].config.dataset_path})",
+        # The task file says how they are asked, the rows that lmms-eval reads what is asked.
+        content=f"{task.content} {hash_documents(loaded[0])}",
+    )
+
+
+def _written_job(task: WrittenTask, generation: Mapping[str, Any]) -> Job:
+    return Job(
+        task.name,
+        partial(_load, task),
+        task,
+        generation,
+        data=f"data set {task.dataset}",
+        content=task.content,
+    )
 
 
 def _generation(task: Any) -> dict[str, Any]:

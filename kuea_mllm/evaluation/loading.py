@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,11 @@ def _load_file(name: str, path: Path) -> Any:
     except Exception as error:
         raise EvaluationError(f"{source} cannot be read: {one_line(error)}") from error
     load = partial(ConfigurableTask, config=config, model_name=MODEL_ID)
-    return _guarded(source, _dataset_name(config), load)
+    return _guarded(source, describe_data(config), load)
 
 
-def _dataset_name(config: dict[str, Any]) -> str:
+def describe_data(config: Mapping[str, Any]) -> str:
+    """Name the data set of a task's configuration."""
     arguments = config.get("dataset_kwargs")
     files = arguments.get("data_files") if isinstance(arguments, dict) else None
     parts = (config.get("dataset_path"), config.get("dataset_name"), files)

@@ -115,7 +115,7 @@ def _stratum(
         for side in (0, 1)
     )
     samples = len({row.doc_id for pairs in seeds for row, _ in pairs})
-    return Stratum(baseline, candidate, len(names), samples)
+    return Stratum(baseline, candidate, len(names), samples, tuple(names))
 
 
 def document_gains(

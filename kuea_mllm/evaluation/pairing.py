@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kuea_mllm.evaluation.measures import Array, Measure
 from kuea_mllm.evaluation.paired_rows import (
     RATIOS,
     Pair,
@@ -20,7 +21,8 @@ from kuea_mllm.evaluation.paired_rows import (
 from kuea_mllm.evaluation.resampling import Stratum
 from kuea_mllm.evaluation.results import Results, finite
 from kuea_mllm.evaluation.scores import lost_groups
-from kuea_mllm.evaluation.statistics import MEAN, Array, Measure, measure_value
+from kuea_mllm.evaluation.shared_pictures import Pulls, picture_pulls
+from kuea_mllm.evaluation.statistics import MEAN, measure_value
 from kuea_mllm.evaluation.stats import (
     SeedSpread,
     Test,
@@ -88,6 +90,7 @@ class ColumnComparison:
         bounded: Whether all scores lie between 0 and `scale`.
         draws: Bootstrap differences, for averages over columns.
         changed_clusters: Clusters whose score changed.
+        pulls: Effect of each picture on the difference, for averages over columns.
     """
 
     task: str
@@ -126,6 +129,7 @@ class ColumnComparison:
     draws: Array | None = field(default=None, repr=False, compare=False)
     changed_clusters: int = 0
     pictures: str | None = field(default=None, repr=False)
+    pulls: Pulls = field(default_factory=dict, repr=False, compare=False)
 
     def with_verdict(self, p_holm: float | None, verdict: Verdict) -> ColumnComparison:
         """Add what depends on the other columns."""
@@ -133,7 +137,7 @@ class ColumnComparison:
 
     def to_json(self) -> dict[str, Any]:
         """Write the column as JSON values."""
-        hidden = {"draws", "changed_clusters", "bounded", "is_paired", "pictures"}
+        hidden = {"draws", "changed_clusters", "bounded", "is_paired", "pictures", "pulls"}
         content = {key: value for key, value in vars(self).items() if key not in hidden}
         return {
             **content,
@@ -219,6 +223,7 @@ def compare_column(
         bounded=bare.statistic != MEAN or _is_bounded(used, bare.scale),
         draws=found.draws,
         changed_clusters=found.changed_clusters,
+        pulls=picture_pulls(used, strata, float(bare.scale)),
     )
 
 

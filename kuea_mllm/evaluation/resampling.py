@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from kuea_mllm.evaluation.statistics import Array, Measure, RatioMeasure
+from kuea_mllm.evaluation.measures import Array, Measure, RatioMeasure
 
 LEVEL = 0.95
 ROUNDING = 1e-12
@@ -29,12 +29,14 @@ class Stratum:
         candidate: Score of each run of the second system.
         clusters: Clusters of the documents.
         samples: Documents.
+        names: What the clusters are called, in their order; empty where nobody needs it.
     """
 
     baseline: tuple[Measure, ...]
     candidate: tuple[Measure, ...]
     clusters: int
     samples: int
+    names: tuple[str, ...] = ()
 
     def differences(self, weights: Array) -> Array:
         """Return candidate minus baseline, the mean over the runs, for each row of weights."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -103,8 +104,8 @@ class Results:
         """Read the rows of one task.
 
         Raises:
-            EvaluationError: If the file is missing, damaged or has another number of rows than
-                the summary says.
+            EvaluationError: If the file is missing, damaged, has another number of rows than
+                the summary says, or a document twice.
         """
         column = self.columns[task]
         path = self.path / str(column["samples"])
@@ -112,6 +113,12 @@ class Results:
         if len(rows) != column["n"]:
             raise EvaluationError(
                 f"file {path} holds {len(rows)} samples, the summary says {column['n']}.",
+                "The directory was changed after the run: evaluate again.",
+            )
+        (doc_id, times), *_ = Counter(row.doc_id for row in rows).most_common(1) or [(0, 1)]
+        if times > 1:
+            raise EvaluationError(
+                f"file {path} holds document {doc_id} {times} times.",
                 "The directory was changed after the run: evaluate again.",
             )
         return rows

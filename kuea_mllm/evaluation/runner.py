@@ -12,58 +12,57 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.config.evaluate import FewShotSettings, JudgeSettings, SuiteSettings
-from kuea_mllm.errors import EnvironmentFailure, EvaluationError
+from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.answers import require_choices
-from kuea_mllm.evaluation.backends import (
-    Backend,
-    BackendSession,
-    open_backend,
-    require_backend,
-    require_plain_tasks,
-)
+from kuea_mllm.evaluation.backend_session import BackendSession, open_backend
+from kuea_mllm.evaluation.backends import Backend, require_backend, require_plain_tasks
 from kuea_mllm.evaluation.column_run import (
     RunOptions,
-    gather_columns,
     read_columns,
     require_same_content,
+    require_same_questions,
     run_column,
 )
 from kuea_mllm.evaluation.fewshot.completion import Completer
 from kuea_mllm.evaluation.fewshot.room import require_room
-from kuea_mllm.evaluation.jobs import Jobs, open_jobs, read_wishes, warn_of_missing_judge
+from kuea_mllm.evaluation.jobs import (
+    Jobs,
+    Wishes,
+    open_jobs,
+    read_wishes,
+    warn_of_missing_judge,
+)
 from kuea_mllm.evaluation.judging.client import require_plain_url
-from kuea_mllm.evaluation.judging.column import describe_judge, require_judge
+from kuea_mllm.evaluation.judging.column import require_judge
 from kuea_mllm.evaluation.judging.finished import judge_finished_columns
 from kuea_mllm.evaluation.loguru_bridge import import_lmms_eval, lmms_log
-from kuea_mllm.evaluation.opening import choose_adapter, choose_placement, open_session
+from kuea_mllm.evaluation.opening import (
+    Placement,
+    choose_adapter,
+    choose_placement,
+    open_session,
+)
 from kuea_mllm.evaluation.plugin import MODEL_ID
 from kuea_mllm.evaluation.processes import (
     AnsweredElsewhereError,
     fail_together,
     join_processes,
-    process_count,
     process_number,
 )
-from kuea_mllm.evaluation.provenance import (
-    describe_fewshot,
-    describe_making,
-    describe_runtime,
-    describe_subject,
-)
-from kuea_mllm.evaluation.results import KIND, SCHEMA_VERSION
+from kuea_mllm.evaluation.request import Request
 from kuea_mllm.evaluation.session import Session
-from kuea_mllm.evaluation.suites.subset import limit_rule
+from kuea_mllm.evaluation.suites.remarks import foreign_boxes
+from kuea_mllm.evaluation.summary import make_summary, require_few_failures, write_results
 from kuea_mllm.evaluation.unfinished import (
-    LOG,
     Identity,
     Unfinished,
     fingerprint_files,
     open_unfinished,
     require_startable,
 )
-from kuea_mllm.io import atomic_directory, write_json
+from kuea_mllm.io import atomic_directory
 from kuea_mllm.log import LOGGER
-from kuea_mllm.manifest import library_versions, utc_now
+from kuea_mllm.manifest import library_versions
 
 if TYPE_CHECKING:
     from kuea_mllm.adapters.base import MLLMAdapter
@@ -96,6 +95,7 @@ def evaluate(
     shared_prefix: bool = True,
     resume: bool = False,
     restart: bool = False,
+    same_as: Path | None = None,
 ) -> dict[str, Any]:
     """Score a model and write a results directory (see `kuea_mllm.evaluation.results`).
 
@@ -132,6 +132,8 @@ def evaluate(
         resume: Go on with the unfinished evaluation of `out`, which must be of the same recipe,
             model and library versions.
         restart: Drop the unfinished evaluation of `out`, if there is one.
+        same_as: Results of another model, which has to have been asked the same questions about the
+            same data.
 
     Returns:
         The content of `summary.json`; of several processes only the first has it.
@@ -141,53 +143,76 @@ def evaluate(
         EnvironmentFailure: If more than `max_failures` questions got no answer; the results are
             written all the same.
     """
-    model_dir, out = Path(model_dir), Path(out)
+    request = Request(
+        model_dir=Path(model_dir),
+        tasks=tasks,
+        out=Path(out),
+        adapter=adapter,
+        batch_size=batch_size,
+        limit=limit,
+        limit_seed=limit_seed,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        max_failures=max_failures,
+        thumbnails=thumbnails,
+        command=command,
+        show_progress=show_progress,
+        recipe=recipe,
+        suite=suite,
+        fewshot=fewshot,
+        data=data or {},
+        data_root=data_root,
+        judge=judge,
+        backend=backend,
+        backend_args=backend_args or {},
+        shared_prefix=shared_prefix,
+        resume=resume,
+        restart=restart,
+        same_as=same_as,
+    )
     join_processes(device or "auto")
     with fail_together():
-        _require_counts(batch_size, limit, max_failures, thumbnails)
-        if process_number() == 0:
-            require_startable(out, resume=resume, restart=restart)
-        wishes = read_wishes(
-            tasks,
-            suite=suite,
-            fewshot=fewshot,
-            data=data,
-            data_root=data_root,
-            limit=limit,
-            limit_seed=limit_seed,
-        )
-        subject = _choose_subject(model_dir, adapter, backend, backend_args or {}, fewshot)
-        placement = choose_placement(device, dtype)
-        if judge is not None:
-            require_plain_url(judge.url)
-        if warn_of_missing_judge(wishes, judge) and judge is not None and process_number() == 0:
-            require_judge(judge)
+        checked = _check(request)
+    return _run(request, *checked)
+
+
+def _check(request: Request) -> tuple[Wishes, MLLMAdapter | Backend, Placement]:
+    """Find the mistakes that can be found without opening a data set or a model."""
+    request.require_counts()
+    if process_number() == 0:
+        require_startable(request.out, resume=request.resume, restart=request.restart)
+    wishes = read_wishes(
+        request.tasks,
+        suite=request.suite,
+        fewshot=request.fewshot,
+        data=request.data,
+        data_root=request.data_root,
+        limit=request.limit,
+        limit_seed=request.limit_seed,
+    )
+    subject = _choose_subject(request)
+    placement = choose_placement(request.device, request.dtype)
+    if request.judge is not None:
+        require_plain_url(request.judge.url)
+    is_judged = warn_of_missing_judge(wishes, request.judge)
+    if is_judged and request.judge is not None and process_number() == 0:
+        require_judge(request.judge)
+    return wishes, subject, placement
+
+
+def _run(
+    request: Request, wishes: Wishes, subject: MLLMAdapter | Backend, placement: Placement
+) -> dict[str, Any]:
+    """Ask, score and write what is missing of an evaluation that was found possible."""
     versions = {**library_versions(), "datasets": version("datasets")}
-    settings = {
-        "adapter": None if isinstance(subject, Backend) else subject.name,
-        "backend": backend,
-        "backend_args": dict(backend_args or {}),
-        "tasks": wishes.describe_tasks(),
-        "batch_size": batch_size,
-        "limit": limit,
-        "limit_seed": limit_seed,
-        "dtype": placement.dtype,
-        "device": placement.device,
-        "seed": seed,
-        "max_failures": max_failures,
-        "thumbnails": thumbnails,
-        "suite": None if suite is None else suite.model_dump(mode="json"),
-        "fewshot": None if fewshot is None else fewshot.model_dump(mode="json"),
-        "data": dict(data or {}),
-        "data_root": data_root,
-        "judge": None if judge is None else judge.model_dump(mode="json"),
-        "shared_prefix": shared_prefix,
-    }
+    adapter = None if isinstance(subject, Backend) else subject.name
+    identity = Identity(request.identity(wishes, adapter, placement), versions)
     started = time.monotonic()
     import_lmms_eval()
-    identity = Identity(settings, versions)
+    ways = {"resume": request.resume, "restart": request.restart}
     with (
-        open_unfinished(out, identity, resume=resume, restart=restart) as kept,
+        open_unfinished(request.out, identity, **ways) as kept,
         lmms_log(kept.log),
         ExitStack() as opened,
     ):
@@ -195,75 +220,61 @@ def evaluate(
             jobs = opened.enter_context(open_jobs(wishes, placement.device))
             if isinstance(subject, Backend):
                 require_plain_tasks(jobs.all, subject)
-            files = _fingerprint(model_dir)
-            kept.claim(files or str(model_dir))
-            require_same_content(kept, jobs.written)
-            if isinstance(subject, Backend):
-                chosen_device = None if device in (None, "auto") else device
-                session: Session | BackendSession = open_backend(
-                    subject, model_dir, batch_size=batch_size, device=chosen_device
-                )
-            else:
-                session = open_session(subject, model_dir, placement)
-                _prepare_session(session, jobs, kept, fewshot)
-                session.show_progress, session.shared_prefix = show_progress, shared_prefix
-        options = RunOptions(model_dir, placement, batch_size, limit, seed, thumbnails)
-        _run_jobs(jobs, session, options, kept)
+            files = _fingerprint(request.model_dir)
+            kept.claim(files or str(request.model_dir))
+            require_same_content(kept, jobs.all)
+            if request.same_as is not None and process_number() == 0:
+                require_same_questions(request.same_as, jobs.all)
+            session = _open(request, subject, placement)
+            if isinstance(session, Session):
+                _prepare_session(session, jobs, kept, wishes)
+        _run_jobs(jobs, session, _options(request, placement), kept)
         if isinstance(session, BackendSession):
             session.close()
         if process_number():
             return {}
-        judge_finished_columns(kept, list(jobs.all), judge, show_progress=show_progress)
-        columns = read_columns(kept, list(jobs.all))
-        summary: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
-            "model": describe_subject(model_dir, subject, session),
-            "model_record": describe_making(model_dir),
-            "columns": {name: column["entry"] for name, column in columns.items()},
-            "settings": {
-                "batch_size": batch_size,
-                "limit": limit,
-                "limit_seed": limit_seed,
-                "limit_rule": limit_rule(limit_seed),
-                "suite": None if suite is None else suite.name,
-                "protocol": None if suite is None else suite.protocol,
-                "judge": None if judge is None else describe_judge(judge),
-                "backend": backend,
-                "dtype": placement.dtype,
-                "device": placement.device,
-                "seed": seed,
-                "max_failures": max_failures,
-                "processes": process_count(),
-                "shared_prefix": shared_prefix,
-                "runtime": describe_runtime(session),
-            },
-            "versions": versions,
-            "created": utc_now(),
-            "command": command,
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        summary["model"]["files_fingerprint"] = files
-        if isinstance(subject, Backend):
-            # Its class decides on the number format, and on the device unless one was named.
-            summary["settings"] |= {"dtype": None, "device": device}
-        if fewshot is not None:
-            summary["fewshot"] = describe_fewshot(jobs.fewshot, columns, fewshot)
-        _write_results(out, kept, summary, recipe)
-    _require_few_failures(columns, max_failures, out)
+        names = list(jobs.all)
+        judge_finished_columns(kept, names, request.judge, show_progress=request.show_progress)
+        columns = read_columns(kept, names)
+        summary = make_summary(
+            request,
+            subject=subject,
+            session=session,
+            placement=placement,
+            files=files,
+            jobs=jobs,
+            columns=columns,
+            versions=versions,
+            seconds=time.monotonic() - started,
+        )
+        write_results(request.out, kept, summary, request.recipe)
+    require_few_failures(columns, request.max_failures, request.out)
     return summary
 
 
-def _write_results(
-    out: Path, kept: Unfinished, summary: Mapping[str, Any], recipe: str | None
-) -> None:
-    with atomic_directory(out) as folder:
-        gather_columns(kept, list(summary["columns"]), folder)
-        write_json(folder / "summary.json", summary)
-        if recipe is not None:
-            (folder / "run.yaml").write_text(recipe, encoding="utf-8")
-        (folder / LOG).write_bytes(kept.log.read_bytes())
-    LOGGER.info("Results written to %s.", out)
+def _open(
+    request: Request, subject: MLLMAdapter | Backend, placement: Placement
+) -> Session | BackendSession:
+    if isinstance(subject, Backend):
+        device = None if request.device in (None, "auto") else request.device
+        return open_backend(
+            subject, request.model_dir, batch_size=request.batch_size, device=device
+        )
+    session = open_session(subject, request.model_dir, placement)
+    session.show_progress = request.show_progress
+    session.shared_prefix = request.shared_prefix
+    return session
+
+
+def _options(request: Request, placement: Placement) -> RunOptions:
+    return RunOptions(
+        model_dir=request.model_dir,
+        placement=placement,
+        batch_size=request.batch_size,
+        limit=request.limit,
+        seed=request.seed,
+        thumbnails=request.thumbnails,
+    )
 
 
 def _fingerprint(model_dir: Path) -> str | None:
@@ -272,34 +283,28 @@ def _fingerprint(model_dir: Path) -> str | None:
     return fingerprint_files(model_dir) if model_dir.is_dir() and not process_number() else None
 
 
-def _choose_subject(
-    model_dir: Path,
-    adapter: str | None,
-    backend: str,
-    arguments: Mapping[str, str],
-    fewshot: FewShotSettings | None,
-) -> MLLMAdapter | Backend:
+def _choose_subject(request: Request) -> MLLMAdapter | Backend:
     """Find what opens the model: an adapter, or a model class of lmms-eval."""
-    if backend == MODEL_ID:
-        return choose_adapter(model_dir, adapter)
-    if fewshot is not None:
+    if request.backend == MODEL_ID:
+        return choose_adapter(request.model_dir, request.adapter)
+    if request.fewshot is not None:
         raise EvaluationError(
-            f"few-shot tasks cannot be answered by backend {backend}: they need a model that an "
-            "adapter opens.",
+            f"few-shot tasks cannot be answered by backend {request.backend}: they need a model "
+            "that an adapter opens.",
             "Leave out --backend.",
         )
-    return require_backend(backend, arguments)
+    return require_backend(request.backend, request.backend_args)
 
 
-def _prepare_session(
-    session: Session, jobs: Jobs, kept: Unfinished, fewshot: FewShotSettings | None
-) -> None:
+def _prepare_session(session: Session, jobs: Jobs, kept: Unfinished, wishes: Wishes) -> None:
     """Give a session what few-shot tasks need, and see that the model can answer all tasks."""
     # Hours before the column's turn comes.
     candidates = {name: job.generation.get("candidates") for name, job in jobs.all.items()}
     require_choices(session, {tuple(given): name for name, given in candidates.items() if given})
-    if fewshot is not None:
-        session.completer = Completer(session.runtime, fewshot.cache_images)
+    if remark := foreign_boxes(wishes.planned, session.runtime.describe()):
+        LOGGER.warning("%s", remark)
+    if wishes.fewshot is not None:
+        session.completer = Completer(session.runtime, wishes.fewshot.cache_images)
         require_room(session.completer, [t for t in jobs.fewshot if not kept.is_finished(t.name)])
 
 
@@ -313,10 +318,9 @@ def _run_jobs(
         LOGGER.info("Column %d of %d: %s.", number, len(jobs.all), name)
         own = replace(options, limit=job.limit)
         if isinstance(session, Session):
-            content = None if job.written is None else job.written.content
-            session.journal, session.shown = kept.journal(name, content), options.thumbnails
+            session.journal, session.shown = kept.journal(name, job.content), options.thumbnails
         with _column_folder(kept, name) as folder, suppress(AnsweredElsewhereError):
-            run_column(name, job.load(), session, own, folder, written=job.written)
+            run_column(job, session, own, folder)
 
 
 @contextmanager
@@ -328,36 +332,3 @@ def _column_folder(kept: Unfinished, name: str) -> Iterator[Path]:
         return
     with atomic_directory(kept.column(name)) as folder:
         yield folder
-
-
-def _require_few_failures(columns: Mapping[str, Any], allowed: int, out: Path) -> None:
-    failed = sum(column["entry"]["failed"] for column in columns.values())
-    if failed <= allowed:
-        if failed:
-            LOGGER.warning("%d questions got no answer (up to %d allowed).", failed, allowed)
-        return
-    name, (doc_id, error) = next(
-        (name, column["first_failure"])
-        for name, column in columns.items()
-        if column["first_failure"] is not None
-    )
-    raise EnvironmentFailure(
-        f"{failed} questions got no answer (allowed: {allowed}), the first one is document "
-        f"{doc_id} of {name}: {(error or 'no answer').rstrip('.')}.",
-        f"The results in {out} are complete and mark them as failed; pass --set max_failures="
-        f"{failed} if that many are acceptable.",
-    )
-
-
-def _require_counts(batch_size: int, limit: int | None, max_failures: int, thumbnails: int) -> None:
-    for flag, value, least in (
-        ("batch_size", batch_size, 1),
-        ("limit", 1 if limit is None else limit, 1),
-        ("max_failures", max_failures, 0),
-        ("thumbnails", thumbnails, 0),
-    ):
-        # lmms-eval reads limit 0 as "all documents" and fractions as a share of the first task.
-        if not isinstance(value, int) or value < least:
-            raise EvaluationError(
-                f"{flag} is {value!r}, a whole number of at least {least} was expected."
-            )

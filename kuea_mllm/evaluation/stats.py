@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
+from kuea_mllm.evaluation.measures import Array, RatioMeasure
 from kuea_mllm.evaluation.resampling import (
     LEVEL,
     ROUNDING,
@@ -23,7 +24,7 @@ from kuea_mllm.evaluation.resampling import (
     bootstrap_differences,
     percentile_interval,
 )
-from kuea_mllm.evaluation.statistics import Array, RatioMeasure, influence_error
+from kuea_mllm.evaluation.statistics import influence_error
 
 Verdict = Literal["better", "worse", "cannot tell"]
 Test = Literal["mcnemar", "bootstrap"]

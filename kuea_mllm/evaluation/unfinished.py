@@ -5,6 +5,7 @@ evaluation.json       what is evaluated: recipe, model, library versions
 lmms_eval.log         lmms-eval's log of all sittings
 columns/<task>/       one finished column (see `column_run`); made whole or not at all
 answers/<task>/       answers of a column that is not (see `journal`)
+work/<task>/          whatever else a column keeps until it is finished (patch probes: their epochs)
 
 Of several processes only the first writes here, but for the answers, which each keeps itself.
 """
@@ -36,6 +37,7 @@ from kuea_mllm.log import LOGGER
 from kuea_mllm.training.lock import LOCK, locked
 
 RECORD, COLUMNS, ANSWERS, LOG = "evaluation.json", "columns", "answers", "lmms_eval.log"
+WORK = "work"
 COLUMN = "column.json"
 """Of a column's directory; written last."""
 
@@ -102,6 +104,13 @@ class Unfinished:
             content: What its data are recognised by; None where that is not known.
         """
         return Journal(self.path / ANSWERS / file_name(task), content)
+
+    def work(self, task: str) -> Path:
+        """Return a folder, which may not exist, for what a task keeps until it is finished.
+
+        Any file in it that is not hidden is work that a resumed evaluation goes on with.
+        """
+        return self.path / WORK / file_name(task)
 
     @property
     def log(self) -> Path:
@@ -219,7 +228,7 @@ def _opened(
         except BaseException:
             if _holds_work(path):
                 LOGGER.warning(
-                    "Kept in %s: finished columns: %d, and the answers of the one that was asked. "
+                    "Kept in %s: finished columns: %d, and what was done of the next one. "
                     "Go on with --resume.",
                     path,
                     finished_columns(path),
@@ -231,7 +240,8 @@ def _opened(
 
 
 def _holds_work(path: Path) -> bool:
-    return finished_columns(path) > 0 or holds_answers(path / ANSWERS)
+    is_begun = holds_answers(path / ANSWERS) or any(path.glob(f"{WORK}/*/[!.]*"))
+    return finished_columns(path) > 0 or is_begun
 
 
 def fingerprint_files(model_dir: Path) -> str:

@@ -21,6 +21,7 @@ from kuea_mllm.reporting.blocks import (
     Table,
 )
 from kuea_mllm.reporting.pages import quickstart_report
+from kuea_mllm.reporting.run_record import resumed_note, versions_text
 from kuea_mllm.reporting.stability import GAUGES, measured_gauges
 from kuea_mllm.reporting.text import count, plural, value_text
 
@@ -129,7 +130,6 @@ def alignment_report(directory: Path, figures: Sequence[Figure] = ()) -> Report:
                 [
                     _before_and_after(measured),
                     Paragraph(
-                        f"Measured on {count(measured['images'])} images that were not trained on. "
                         "“Out of range” is a reason to look, not a verdict: the ranges are rules "
                         "of thumb.",
                         "note",
@@ -163,10 +163,11 @@ def print_alignment_result(
 def alignment_section(directory: Path) -> Section:
     """Return the section of another report that tells about one alignment run."""
     drawings = _draw(directory, ("kernel_matrices", "loss"))
+    images = read_json(directory / "tower" / "kuea.json")["heldout"]["images"]
     measured = [row for row in read_metrics(directory) if "heldout_kernel_gap" in row]
     first, last = measured[0], measured[-1]
     table = Table(
-        caption="Held-out images, before and after.",
+        caption=f"Before and after, on {count(images)} images that were not trained on.",
         header=("Quantity", "Before", "After"),
         rows=[
             (text, f"{first[name]:.4g}", f"{last[name]:.4g}")
@@ -246,14 +247,7 @@ def _summary(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
         blocks.append(
             Paragraph(f"Stopped early at step {last:,} of {planned:,}: {reason}.", "warning")
         )
-    if resumed := manifest.get("resumed_at"):
-        steps = ", ".join(f"{step:,}" for step in resumed)
-        blocks.append(
-            Paragraph(
-                f"Interrupted and resumed {plural(len(resumed), 'time')}, after step {steps}.",
-                "note",
-            )
-        )
+    blocks += resumed_note(manifest, "step")
     outside = [
         gauge for gauge in measured_gauges(before) if gauge.check and not gauge.check(before, after)
     ]
@@ -343,7 +337,8 @@ def _before_and_after(measured: Mapping[str, Any]) -> Table:
             ]
         )
     return Table(
-        caption="Held-out images, before and after.",
+        caption=f"Before and after, on {count(measured['images'])} images that were not trained "
+        "on.",
         header=("Quantity", "Before", "After", "Check", "Healthy", "What it is"),
         rows=rows,
         numeric=frozenset({1, 2}),
@@ -370,7 +365,6 @@ def _health_list() -> list[Block]:
 
 
 def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    versions = manifest["versions"]
     shown = ("kuea-mllm", "torch", "transformers", "python")
     return [
         ("Command", manifest["command"]),
@@ -379,7 +373,7 @@ def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Tower after", manifest["fingerprint"]),
         ("Teacher", manifest["teacher"]["fingerprint"]),
         ("Listing of images", manifest["data"]["listing"]),
-        ("Versions", ", ".join(f"{name} {versions[name]}" for name in shown if name in versions)),
+        ("Versions", versions_text(manifest, *shown)),
         ("All settings", "run.yaml beside this file repeats the run"),
     ]
 

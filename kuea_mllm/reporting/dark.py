@@ -25,6 +25,8 @@ COLOURS = {
 _NAMES = {colour: f"--c{index}" for index, colour in enumerate(COLOURS)}
 _USE = re.compile(r"\b(fill|stroke|stop-color): (#[0-9a-fA-F]{6})\b")
 
+_ATTRIBUTE = re.compile(r' fill="(#[0-9a-fA-F]{6})"')
+
 
 def adapt_to_dark(svg: str) -> str:
     """Let the colours of an SVG follow the reader's choice of light or dark."""
@@ -37,7 +39,9 @@ def adapt_to_dark(svg: str) -> str:
         f"<style>:root{{{light};fill:var(--c1)}}"
         f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
     )
-    body = _USE.sub(_by_name, svg[start.end() :])
+    # Hatched areas have the colour below their lines as an attribute.
+    body = _ATTRIBUTE.sub(r' style="fill: \1"', svg[start.end() :])
+    body = _USE.sub(_by_name, body)
     return f"{svg[: start.end()]}{style}{body}"
 
 

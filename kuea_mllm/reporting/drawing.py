@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +28,10 @@ from kuea_mllm.io import disk_errors_named
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#595959"
 _LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
+_COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE)
+_STROKES = ("-", "-", "--", "-.", ":")
+_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+_HATCHES = ("", "", "///", "...", "xx", "\\\\\\", "ooo", "++")
 # Any: newer matplotlib types the keys one by one.
 _STYLE: Any = {
     "font.family": ["DejaVu Sans"],
@@ -48,6 +53,34 @@ _STYLE: Any = {
     "svg.hashsalt": "kuea-mllm",
 }
 Row: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one of several models is drawn: what tells it apart without colours too.
+
+    Args:
+        colour: Of lines, points and bars.
+        line: Style of lines.
+        marker: Of points.
+        hatch: Of bars.
+    """
+
+    colour: str
+    line: str
+    marker: str
+    hatch: str
+
+
+def choose_look(index: int) -> Look:
+    """Return the look of a model by its place; the first one, a baseline, is grey."""
+    colour = index % len(_COLOURS)
+    return Look(
+        _COLOURS[colour],
+        _STROKES[colour],
+        _MARKERS[index % len(_MARKERS)],
+        _HATCHES[index % len(_HATCHES)],
+    )
 
 
 def figure_svg(figure: Figure, name: str) -> str:

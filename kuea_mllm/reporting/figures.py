@@ -91,7 +91,7 @@ def paired_differences(comparison: Mapping[str, Any]) -> Figure:
     view = parse_comparison(comparison)
     rows = [row for row in view.rows if row.has_interval]
     with drawing_style():
-        figure = Figure(figsize=(7.2, 1.5 + 0.42 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(7.2, 1.5 + 0.34 * len(rows)), layout="constrained")
         axes = figure.subplots()
         if not rows:
             say_empty(axes, "no column is paired")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import itertools
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup, escape
 
 import kuea_mllm
 from kuea_mllm.io import write_text
@@ -90,6 +92,8 @@ def render_html(report: Report) -> str:
     )
     environment.filters.update(
         clean=clean,
+        commands=_mark_commands,
+        breakable=_breakable,
         shorten=shorten,
         picture=make_picture,
         mark=make_mark,
@@ -139,6 +143,20 @@ def make_mark(score: float | None, note: str = "") -> Mark:
     if score <= 0:
         return Mark("wrong", "✗", "worse")
     return Mark(f"partly right ({score:.2f})", "◐", "unclear")
+
+
+def _mark_commands(text: str) -> Markup:
+    """Escape a text and set what stands between backticks as code."""
+    parts = [escape(part) for part in text.split("`")]
+    if len(parts) % 2 == 0:  # one backtick too many: shown as they are
+        return Markup("`").join(parts)
+    marked = [Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)]
+    return Markup("").join(marked)
+
+
+def _breakable(html: Markup) -> Markup:
+    """Let names in a table break behind their underscores, where there is too little room."""
+    return Markup(re.sub(r"(?<=\w)_(?=\w)", "_<wbr>", html))  # noqa: S704 - escaped before
 
 
 def _data_uri(media_type: str, content: bytes) -> str:

@@ -142,8 +142,8 @@ def _findings(record: Mapping[str, Any]) -> list[tuple[int, str]]:
             f"With the teacher the tower shares {percent(after)} % of the {k} nearest neighbours, "
             f"the original {percent(before)} % (chance {percent(pairs['chance'][k])} %). Linear "
             f"CKA of the embeddings with the teacher's: "
-            f"{record['embeddings']['linear_cka']['aligned|teacher']:.3f} after "
-            f"{record['embeddings']['linear_cka']['original|teacher']:.3f}."
+            f"{record['embeddings']['linear_cka']['original|teacher']:.3f} before, "
+            f"{record['embeddings']['linear_cka']['aligned|teacher']:.3f} after."
         )
     return list(enumerate(texts))
 
@@ -286,7 +286,32 @@ def _layer_sections(record: Mapping[str, Any], figures: Mapping[str, Figure]) ->
         f"Linear CKA of the {layers['tokens']} of {count(layers['images'])} images, an unbiased "
         f"estimate from batches of {layers['batch']}."
     )
-    return [Section("Layers", [Paragraph(text), *_some(figures, "layers")])]
+    numbers = Details("Numbers", [_layer_table(layers)])
+    return [Section("Layers", [Paragraph(text), *_some(figures, "layers"), numbers])]
+
+
+def _layer_table(layers: Mapping[str, Any]) -> Table:
+    """Return how much each layer changed, and how near it is to the teacher's last one."""
+    row_of = {(str(model), int(layer)): row for row, (model, layer) in enumerate(layers["names"])}
+    last = dict(sorted(row_of))  # of each model; later ones win
+
+    def likeness(first: str, second: str, layer: int) -> str:
+        other = layer if second == "aligned" else last[second]
+        return f"{layers['cka'][row_of[first, layer]][row_of[second, other]]:.3f}"
+
+    couples = [("original", "aligned")]
+    if "teacher" in last:
+        couples += [(name, "teacher") for name in _ORDER[:2]]
+    return Table(
+        caption="Linear CKA of each layer of the tower with the same layer of the other"
+        + (", and of both with the last layer of the teacher." if len(couples) > 1 else "."),
+        header=("Layer", *(_couple("|".join(couple)) for couple in couples)),
+        rows=[
+            (str(layer), *(likeness(*couple, layer) for couple in couples))
+            for layer in range(min(last[name] for name in _ORDER[:2]) + 1)
+        ],
+        numeric=frozenset(range(1, len(couples) + 1)),
+    )
 
 
 def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from kuea_mllm.reporting.blocks import Block, Paragraph, Section, Table
+from kuea_mllm.reporting.text import count
 
 _MODELS = {"baseline": "baseline", "align": "+align", "peft": "+peft", "both": "+both"}
 _COLUMNS = {
@@ -109,8 +110,10 @@ def _count_worlds(record: Mapping[str, Any]) -> int:
 def _scores(record: Mapping[str, Any], worlds: int) -> Table:
     scores: Mapping[str, Mapping[str, Any]] = record["scores"]
     spread = "" if worlds == 1 else f", mean of {worlds} worlds"
+    questions = (record.get("settings") or {}).get("questions")
+    asked = "" if questions is None else f", n = {count(questions)} questions of each task"
     return _table(
-        f"Scores in percent{spread}.",
+        f"Scores in percent{spread}{asked}.",
         "model",
         scores["baseline"],
         {

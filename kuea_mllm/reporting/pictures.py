@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import re
+import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,12 @@ LARGEST_PICTURE = 64_000_000
 NOT_STORED = "no picture stored"
 # Without those that need other programs to decode (EPS calls Ghostscript).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# How files of these formats begin: one that begins so and cannot be read was cut short or damaged.
+_BEGINNING = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*", re.DOTALL)
+
+
+class _NoPictureError(Exception):
+    """Why a file gives no picture: the end of a sentence that begins with its name."""
 
 
 class PictureShelf:
@@ -45,7 +52,7 @@ class PictureShelf:
     def __init__(self, results: Sequence[Path]) -> None:
         self.results = [Path(path) for path in results]
         self._indexes: dict[tuple[Path, str], Mapping[str, str]] = {}
-        self._pictures: dict[Path, bytes | None] = {}
+        self._pictures: dict[Path, tuple[bytes | None, str]] = {}
 
     def has(self, task: str, row: Mapping[str, Any]) -> bool:
         """Tell whether there is a picture of a sample row, as far as names tell."""
@@ -53,17 +60,17 @@ class PictureShelf:
 
     def load(self, task: str, row: Mapping[str, Any]) -> tuple[bytes | None, str]:
         """Return the picture of a sample row, and why there is none if there is none."""
-        stored = self._stored(task, row)
-        if stored is not None and (picture := self._read(stored, is_ours=True)):
-            return picture, ""
+        reason = NOT_STORED
+        if (stored := self._stored(task, row)) is not None:
+            picture, fault = self._read(stored, is_ours=True)
+            if picture is not None:
+                return picture, ""
+            reason = f"picture {stored.name} {fault}"
         original = row.get("image")
         if not original or not isinstance(original, str):
-            return None, NOT_STORED if stored is None else f"picture {stored.name} is not readable"
-        # Path.is_file raises where a folder may not be looked into.
-        if not os.path.isfile(original):  # noqa: PTH113
-            return None, f"file {original} is not on this machine"
-        picture = self._read(Path(original))
-        return picture, "" if picture is not None else f"file {original} is not readable"
+            return None, reason
+        picture, fault = self._read(Path(original))
+        return picture, "" if picture is not None else f"file {original} {fault}"
 
     def _stored(self, task: str, row: Mapping[str, Any]) -> Path | None:
         for results in self.results:
@@ -77,43 +84,91 @@ class PictureShelf:
                 return path if path.resolve().is_relative_to(results.resolve()) else None
         return None
 
-    def _read(self, path: Path, *, is_ours: bool = False) -> bytes | None:
+    def _read(self, path: Path, *, is_ours: bool = False) -> tuple[bytes | None, str]:
         if path not in self._pictures:
-            self._pictures[path] = _read_small(path, is_ours=is_ours)
+            try:
+                self._pictures[path] = _read_small(path, is_ours=is_ours), ""
+            except _NoPictureError as error:
+                self._pictures[path] = None, str(error)
         return self._pictures[path]
 
 
-def _read_small(path: Path, *, is_ours: bool) -> bytes | None:
-    """Return a picture as PNG or JPEG of a few kilobytes; None if the file is not one.
+def _read_small(path: Path, *, is_ours: bool) -> bytes:
+    """Return a picture as PNG or JPEG of a few kilobytes.
 
     Args:
         path: The file.
         is_ours: Whether it lies in the results, small already: its bytes are taken as they are.
-    """
-    from PIL import Image
 
+    Raises:
+        _NoPictureError: If the file is not one.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    size = _size_of(path)
     try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            return None
         with warnings.catch_warnings():
             # Its size is looked at here.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=_FORMATS) as image:
                 if image.width * image.height > LARGEST_PICTURE:
-                    return None
+                    raise _too_many_pixels()
                 small, form = image.convert("RGB"), image.format
         if is_ours and form in ("PNG", "JPEG") and size <= LIMIT_BYTES:
             return path.read_bytes()
-    # PIL's decoders fail in many ways.
+    except _NoPictureError:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_many_pixels() from None
+    except UnidentifiedImageError:
+        raise _NoPictureError(_fault_of_unknown(path)) from None
+    # PIL's decoders fail in many ways; the format was known by then.
     except Exception:
-        return None
+        raise _NoPictureError("is cut short or damaged") from None
     if form == "PNG" and max(small.size) <= MAX_SIDE:
         content = _encoded(small, "PNG")
         if len(content) <= LIMIT_BYTES:
             return content
     small.thumbnail((MAX_SIDE, MAX_SIDE))
     return _encoded(small, "JPEG", quality=QUALITY)
+
+
+def _size_of(path: Path) -> int:
+    """Return the size of a file that may be a picture.
+
+    Raises:
+        _NoPictureError: If there is no such file, or it cannot be one.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise _NoPictureError("is not a file")
+        # A pipe would wait for ever, so this comes after the check of what it is.
+        path.open("rb").close()
+    except PermissionError:
+        raise _NoPictureError("may not be read by this user") from None
+    # Names that are too long or hold a null byte name no file either.
+    except (OSError, ValueError):
+        # A relative name was written down in another folder, perhaps.
+        where = "on this machine" if path.is_absolute() else f"in {Path.cwd()}"
+        raise _NoPictureError(f"is not {where}") from None
+    if not found.st_size:
+        raise _NoPictureError("is empty")
+    if found.st_size > LARGEST_FILE:
+        raise _NoPictureError(f"is too large: more than {LARGEST_FILE / 1e6:g} MB")
+    return found.st_size
+
+
+def _too_many_pixels() -> _NoPictureError:
+    return _NoPictureError(f"is too large: more than {LARGEST_PICTURE / 1e6:g} million pixels")
+
+
+def _fault_of_unknown(path: Path) -> str:
+    with path.open("rb") as file:
+        begins_like_one = _BEGINNING.match(file.read(12))
+    if begins_like_one:
+        return "is cut short or damaged"
+    return f"is not a picture ({', '.join(_FORMATS)})"
 
 
 def _encoded(picture: Picture, form: str, **options: Any) -> bytes:

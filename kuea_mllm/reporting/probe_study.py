@@ -19,8 +19,9 @@ def probe_study_markdown(record: Mapping[str, Any]) -> str:
     differences = record["differences"]
     spread = "one world" if worlds == 1 else f"mean of {worlds} worlds"
     parts = [
-        f"Scores in percent, {spread}; differences in points. ▲ better, ▼ worse by the paired test "
-        "over pictures (Holm over the columns of a tower), unmarked: cannot tell.",
+        f"Scores in percent, {spread}, {_questions(differences)}; differences in "
+        "points. ▲ better, ▼ worse by the paired test over pictures (Holm over the columns of a "
+        "tower), unmarked: cannot tell.",
         "Differences with 95 % intervals over pictures, the same ones drawn for all worlds.",
         _table(original, differences, _over_pictures),
     ]
@@ -30,6 +31,15 @@ def probe_study_markdown(record: Mapping[str, Any]) -> str:
             _table(original, differences, lambda found: _over_worlds(found, worlds)),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def _questions(differences: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = [column for found in differences.values() for column in found["columns"].values()]
+    numbers = sorted({int(column["n"]) for column in columns if column.get("n") is not None})
+    if not numbers:
+        return "numbers of questions not recorded"
+    span = dict.fromkeys(f"{number:,}" for number in (numbers[0], numbers[-1]))
+    return f"n = {' to '.join(span)} questions in each column and world"
 
 
 def _table(

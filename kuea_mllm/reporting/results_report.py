@@ -28,6 +28,7 @@ from kuea_mllm.reporting.run_sections import (
     asked_section,
     column_name,
     groups_section,
+    is_share,
     percent_of,
     score_figure_blocks,
     score_text,
@@ -69,7 +70,7 @@ def results_report(results_dir: Path) -> Report:
     name = one_line(model.get("name") or model.get("path") or results_dir.name)
     figures = score_figure_blocks(*_series(summary, name))
     found = [
-        Section("Scores", [_scores_table(summary), *figures]),
+        Section("Scores", [_scores_table(summary), *_remarks(summary), *figures]),
         paper_section([OwnScores(name, [summary])]),
         groups_section([(name, [summary])]),
         _questions_section(results_dir, summary, name),
@@ -116,11 +117,16 @@ def _scores_table(summary: Mapping[str, Any]) -> Table:
     )
 
 
+def _remarks(summary: Mapping[str, Any]) -> list[Paragraph]:
+    return [Paragraph(f"{remark}.", "note") for remark in rows.summary_remarks(summary)]
+
+
 def _series(
     summary: Mapping[str, Any], name: str
 ) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
     entries = list(summary["columns"].values())
-    return [column_name(entry) for entry in entries], [(name, [percent_of(e) for e in entries])]
+    scores = [percent_of(entry) if is_share(entry) else None for entry in entries]
+    return [column_name(entry) for entry in entries], [(name, scores)]
 
 
 def _questions_section(results_dir: Path, summary: Mapping[str, Any], name: str) -> Section | None:

@@ -115,12 +115,21 @@ def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def summary_remarks(summary: Mapping[str, Any]) -> list[str]:
-    """Say why scores are missing."""
+    """Say why scores are missing, and what has to be known about others; the same only once."""
+    missing: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
+    for column in summary["columns"].values():
+        name = one_line(column.get("column") or column["task"])
+        if column.get("missing"):
+            missing.setdefault(one_line(column["missing"]), []).append(name)
+        for remark in column.get("remarks") or ():
+            others.setdefault(one_line(remark), []).append(name)
     return [
-        f"{one_line(column.get('column') or column['task'])} is missing: "
-        f"{one_line(column['missing'])}"
-        for column in summary["columns"].values()
-        if column.get("missing")
+        *(
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing: {why}"
+            for why, names in missing.items()
+        ),
+        *(f"{', '.join(names)}: {remark}" for remark, names in others.items()),
     ]
 
 

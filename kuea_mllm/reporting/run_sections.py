@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.reporting import rows
-from kuea_mllm.reporting.blocks import Block, Cell, Figure, Paragraph, Section, Table
+from kuea_mllm.reporting.blocks import (
+    Block,
+    Cell,
+    Details,
+    Figure,
+    Paragraph,
+    Section,
+    Table,
+)
 from kuea_mllm.reporting.text import count, one_line, plain, plural, points
 from kuea_mllm.reporting.view import ColumnView, ComparisonView
 
+if TYPE_CHECKING:
+    from kuea_mllm.reporting.score_figures import Series
+
 Summary = Mapping[str, Any]
 DASH = "–"  # noqa: RUF001 - a dash, meant as one
+_OPEN_PARTS = 40
 
 _STATISTICS = {
     "mean": "mean over questions",
@@ -35,10 +47,14 @@ def percent_of(entry: Mapping[str, Any]) -> float | None:
     score = entry.get("score")
     if score is None:
         return None
-    scale = float(entry.get("scale") or 1)
+    return float(score) * (100 / float(entry.get("scale") or 1) if is_share(entry) else 1.0)
+
+
+def is_share(entry: Mapping[str, Any]) -> bool:
+    """Tell whether a column's score is a share of a maximum, or a total."""
     # As in `view`: what a suite reports is a share, also where it may exceed its reference.
-    is_share = abs(score) <= scale * 1.0001 or bool(entry.get("suite"))
-    return float(score) * (100 / scale if is_share else 1.0)
+    highest = float(entry.get("scale") or 1) * 1.0001
+    return abs(entry.get("score") or 0.0) <= highest or bool(entry.get("suite"))
 
 
 def score_text(entry: Mapping[str, Any]) -> str:
@@ -80,34 +96,51 @@ def groups_section(sides: Sequence[tuple[str, Sequence[Summary]]]) -> Section | 
     Returns:
         None if no column has parts.
     """
-    found: list[list[str | Cell]] = []
     tasks = dict.fromkeys(task for _, runs in sides for run in runs for task in run["columns"])
-    for task in tasks:
-        entries = [[run["columns"].get(task) or {} for run in runs] for _, runs in sides]
-        groups = dict.fromkeys(
-            group for side in entries for entry in side for group in entry.get("breakdown") or {}
-        )
-        for group in groups:
-            scores = [_group_score(side, group) for side in entries]
-            name = next(column_name(entry) for side in entries for entry in side if entry)
-            found.append([f"{name}: {one_line(group)}", *map(plain_or_dash, scores)])
-            if len(scores) == 2:
-                before, after = scores
-                gap = None if before is None or after is None else (after - before) / 100
-                found[-1].append(DASH if gap is None else points(gap))
-    if not found:
+    parts = [part for task in tasks if (part := _parts_of(task, sides))[1]]
+    if not parts:
         return None
     header = ["Column and part", *(name for name, _ in sides)]
     if len(sides) == 2:
         header.append("Difference")
-    note = "Parts are shown as they are: no interval, no test."
-    table = Table(
-        caption="Scores of the parts of a column, in percent.",
-        header=header,
-        rows=found,
-        numeric=frozenset(range(1, len(header))),
-    )
-    return Section("Parts of columns", [table, Paragraph(note, "note")])
+
+    def table(caption: str, found: Sequence[Sequence[str]]) -> Table:
+        return Table(caption, header, found, numeric=frozenset(range(1, len(header))))
+
+    blocks: list[Block] = [Paragraph("Parts are shown as they are: no interval, no test.", "note")]
+    if sum(len(found) for _, found in parts) <= _OPEN_PARTS:
+        together = [row for _, found in parts for row in found]
+        blocks.insert(0, table("Scores of the parts of a column, in percent.", together))
+        return Section("Parts of columns", blocks)
+    # Classes of a data set are parts too: a thousand rows would bury what follows.
+    folded = [
+        Details(
+            f"{name}: {plural(len(found), 'part')}",
+            [table(f"Scores of the parts of {name}, in percent.", found)],
+        )
+        for name, found in parts
+    ]
+    return Section("Parts of columns", [*blocks, *folded])
+
+
+def _parts_of(
+    task: str, sides: Sequence[tuple[str, Sequence[Summary]]]
+) -> tuple[str, list[list[str]]]:
+    """Return the name of a column, and the rows of its parts."""
+    entries = [[run["columns"].get(task) or {} for run in runs] for _, runs in sides]
+    name = next(column_name(entry) for side in entries for entry in side if entry)
+    found = []
+    for group in dict.fromkeys(
+        group for side in entries for entry in side for group in entry.get("breakdown") or {}
+    ):
+        scores = [_group_score(side, group) for side in entries]
+        row = [f"{name}: {one_line(group)}", *map(plain_or_dash, scores)]
+        if len(scores) == 2:
+            before, after = scores
+            gap = None if before is None or after is None else (after - before) / 100
+            row.append(DASH if gap is None else points(gap))
+        found.append(row)
+    return name, found
 
 
 def seeds_section(view: ComparisonView) -> Section | None:
@@ -132,12 +165,15 @@ def seeds_section(view: ComparisonView) -> Section | None:
 def view_series(
     views: Sequence[ComparisonView],
 ) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
-    """Return the columns and each model's scores in percent, for `score_figure_blocks`."""
+    """Return the columns and each model's scores in percent, for `score_figure_blocks`.
+
+    Totals such as MME's, which are no share of anything, have no place on an axis in percent.
+    """
     first = views[0]
     names = [column.task for column in first.columns]
-    models = [(first.baseline, [_in_percent(c, c.baseline) for c in first.columns])]
+    models = [(first.baseline, [_share(c, c.baseline) for c in first.columns])]
     for view in views:
-        scores = {c.task: _in_percent(c, c.candidate) for c in view.columns}
+        scores = {c.task: _share(c, c.candidate) for c in view.columns}
         models.append((view.candidate, [scores.get(name) for name in names]))
     return names, models
 
@@ -155,10 +191,12 @@ def score_figure_blocks(
     from kuea_mllm.reporting.drawing import figure_svg
     from kuea_mllm.reporting.score_figures import (
         LEAST_SPOKES,
+        MOST_SPOKES,
         Series,
         radar_columns,
         score_bars,
         score_radar,
+        split_columns,
     )
 
     places = [
@@ -170,23 +208,26 @@ def score_figure_blocks(
         return []
     names = [columns[place] for place in places]
     series = [Series(name, [values[place] for place in places]) for name, values in models]
-    spoken = "; ".join(
-        f"{column}: " + ", ".join(f"{s.name} {plain_or_dash(s.values[place])}" for s in series)
-        for place, column in enumerate(names)
-    )
-    blocks: list[Block] = [
-        Figure(
-            figure_svg(score_bars(names, series), "score-bars"),
-            alt=f"Bars of the scores. {spoken}.",
-            caption="Scores in percent.",
+    largest = max(score for one in series for score in one.values if score is not None)
+    slices = split_columns(len(names), len(series))
+    blocks: list[Block] = []
+    for number, part in enumerate(slices):
+        shown = [Series(one.name, one.values[part]) for one in series]
+        bars = score_bars(names[part], shown, largest=largest)
+        caption = ["Scores in percent.", *part_text(number, slices, names)]
+        blocks.append(
+            Figure(
+                figure_svg(bars, f"score-bars-{number}"),
+                alt=f"Bars of the scores. {_spoken(names[part], shown)}.",
+                caption=" ".join([*caption, *_left_out(columns, names)]),
+            )
         )
-    ]
-    shown = radar_columns(names, series)
-    if len(shown) >= LEAST_SPOKES:
+    around = radar_columns(names, series)
+    if LEAST_SPOKES <= len(around) <= MOST_SPOKES:
         blocks.append(
             Figure(
                 figure_svg(score_radar(names, series), "score-radar"),
-                alt=f"Radar chart of the same scores in {plural(len(shown), 'column')}.",
+                alt=f"Radar chart of the same scores in {plural(len(around), 'column')}.",
                 caption="The same scores around a circle, 0 in the middle, 100 outside. A "
                 "difference of a point cannot be seen here.",
             )
@@ -199,8 +240,28 @@ def plain_or_dash(value: float | None) -> str:
     return DASH if value is None else plain(value)
 
 
-def _in_percent(column: ColumnView, score: float | None) -> float | None:
-    return None if score is None else score * (100.0 if column.is_share else 1.0)
+def _share(column: ColumnView, score: float | None) -> float | None:
+    return 100.0 * score if score is not None and column.is_share else None
+
+
+def _spoken(columns: Sequence[str], series: Sequence[Series]) -> str:
+    return "; ".join(
+        f"{column}: " + ", ".join(f"{one.name} {plain_or_dash(one.values[i])}" for one in series)
+        for i, column in enumerate(columns)
+    )
+
+
+def part_text(number: int, slices: Sequence[slice], columns: Sequence[str]) -> list[str]:
+    """Say which columns one of several figures shows; nothing where there is only one."""
+    if len(slices) == 1:
+        return []
+    part = columns[slices[number]]
+    return [f"Figure {number + 1} of {len(slices)}: {part[0]} to {part[-1]}."]
+
+
+def _left_out(columns: Sequence[str], drawn: Sequence[str]) -> list[str]:
+    names = [name for name in columns if name not in drawn]
+    return [f"Not drawn (missing, or a total): {', '.join(names)}."] if names else []
 
 
 def _asked_row(task: str, summaries: Sequence[tuple[str, Summary]]) -> list[str | Cell]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kuea_mllm.reporting import rows
 from kuea_mllm.reporting.blocks import (
     Block,
     Bullets,
@@ -23,6 +24,7 @@ from kuea_mllm.reporting.run_sections import (
     DASH,
     asked_section,
     groups_section,
+    part_text,
     score_figure_blocks,
     seeds_section,
     view_series,
@@ -62,6 +64,7 @@ def several_report(
             "Scores",
             [
                 differences_table(views),
+                *_one_caption(views),
                 Paragraph(
                     "Each candidate was compared with the baseline on the same questions; the "
                     "p-values behind the verdicts are adjusted for the columns of one comparison, "
@@ -112,12 +115,18 @@ def differences_table(views: Sequence[ComparisonView]) -> Table:
         caption=caption,
         header=("Column", views[0].baseline, *(view.candidate for view in views)),
         rows=[
-            [name, baselines[name], *(_cell(rows.get(name), baselines[name]) for rows in by_name)]
+            [name, baselines[name], *(_cell(one.get(name), baselines[name]) for one in by_name)]
             for name in names
         ],
         numeric=frozenset(range(1, len(views) + 2)),
         footer=max(len(view.averages) for view in views),
     )
+
+
+def _one_caption(views: Sequence[ComparisonView]) -> list[Block]:
+    """Say what the numbers are, where that is the same for all candidates."""
+    captions = {rows.caption(view, is_narrow=True) for view in views if view.protocols}
+    return [Paragraph(text, "note") for text in captions] if len(captions) == 1 else []
 
 
 def _one(view: ComparisonView, comparison: Mapping[str, Any]) -> Section:
@@ -130,23 +139,41 @@ def _one(view: ComparisonView, comparison: Mapping[str, Any]) -> Section:
 
 def _differences_figure(views: Sequence[ComparisonView]) -> list[Block]:
     from kuea_mllm.reporting.drawing import figure_svg
-    from kuea_mllm.reporting.score_figures import Differences, candidate_differences
+    from kuea_mllm.reporting.score_figures import (
+        Differences,
+        candidate_differences,
+        split_columns,
+    )
 
     names = list(dict.fromkeys(row.task for view in views for row in view.rows if row.has_interval))
     if not names:
         return []
     candidates = []
     for view in views:
-        rows = {row.task: row for row in view.rows}
-        values = [_points(rows[name]) if name in rows else None for name in names]
+        by_name = {row.task: row for row in view.rows}
+        values = [_points(by_name[name]) if name in by_name else None for name in names]
         candidates.append(Differences(view.candidate, values))
+    ends = [end for one in candidates for value in one.values if value for end in value[1:]]
+    slices = split_columns(len(names), len(candidates))
+    caption = (
+        f"Candidate minus baseline with {views[0].level_text} intervals. An interval that crosses "
+        "the zero line leaves the direction open."
+    )
     return [
         Figure(
-            figure_svg(candidate_differences(names, candidates), "candidate-differences"),
-            alt="Differences of the candidates to the baseline, as in the table above.",
-            caption=f"Candidate minus baseline with {views[0].level_text} intervals. An interval "
-            "that crosses the zero line leaves the direction open.",
+            figure_svg(
+                candidate_differences(
+                    names[part],
+                    [Differences(one.name, one.values[part]) for one in candidates],
+                    span=(min(ends), max(ends)),
+                ),
+                f"candidate-differences-{number}",
+            ),
+            alt=f"Differences of the candidates to the baseline, as in the table above: "
+            f"{', '.join(names[part])}.",
+            caption=" ".join([caption, *part_text(number, slices, names)]),
         )
+        for number, part in enumerate(slices)
     ]
 
 
@@ -165,4 +192,4 @@ def _cell(row: ColumnView | None, baseline: str) -> str | Cell:
 
 
 def _baseline(by_name: Sequence[Mapping[str, ColumnView]], name: str) -> str:
-    return next(rows[name].baseline_text for rows in by_name if name in rows)
+    return next(one[name].baseline_text for one in by_name if name in one)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kuea_mllm.reporting.drawing import BLUE, GREY, drawing_style, save_figure
+from kuea_mllm.reporting.drawing import GREY, choose_look, drawing_style, save_figure
 
 _PANELS = (
     ("heldout_kernel_gap", "gap to the teacher's kernel"),
@@ -86,8 +86,11 @@ def _draw(
         groups.setdefault(label, []).append((place, row["after"][name]))
     for number, (label, points) in enumerate(groups.items()):
         x, y = np.array(sorted(points)).T
-        colour = BLUE if len(groups) == 1 else f"C{number}"
-        axes.plot(x, y, marker="o", color=colour, label=label, linewidth=1.5)
+        # Grey is the original tower's.
+        look = choose_look(number + 1)
+        axes.plot(
+            x, y, look.line, color=look.colour, marker=look.marker, label=label, linewidth=1.5
+        )
     before = [row["before"][name] for row in rows if name in row["before"]]
     if before:
         axes.axhline(before[0], color=GREY, linestyle="--", linewidth=1)

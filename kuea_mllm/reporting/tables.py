@@ -20,6 +20,7 @@ from kuea_mllm.reporting.sentences import average_sentence, headline, power_rema
 from kuea_mllm.reporting.text import one_line, value_text
 from kuea_mllm.reporting.view import ComparisonView, parse_comparison
 
+NARROW_COLUMNS = 80
 WIDE_COLUMNS = 100
 ALL_COLUMNS = 140
 _STYLES = {"better": "bold green", "worse": "bold red", "cannot tell": "dim", "not tested": "dim"}
@@ -143,7 +144,9 @@ def _comparison_table(view: ComparisonView, *, width: int) -> Table:
         else:
             task, metric, *numbers, verdict = texts
             label = Text.assemble(task, "\n", (metric, "dim"))
-            cells = [label, *map(Text, numbers), Text(verdict.replace(" ", "\n"))]
+            # From 80 columns on there is room for "cannot tell" in one line.
+            shown = verdict if width >= NARROW_COLUMNS else verdict.replace(" ", "\n")
+            cells = [label, *map(Text, numbers), Text(shown)]
         cells[-1].stylize(_STYLES[column.verdict])
         table.add_row(*cells)
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Iterable
 
 ANSWER_LIMIT = 400
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -80,6 +81,23 @@ def count(number: int | None) -> str:
 def plural(number: int, singular: str, many: str | None = None) -> str:
     """Return `1 column`, `2 columns`."""
     return f"{number} {singular if number == 1 else many or singular + 's'}"
+
+
+def grouped(remarks: Iterable[tuple[str, str]]) -> list[str]:
+    """Say every remark once, as `name: remark` or, of several, as `Remark (name, name).`, in order.
+
+    Args:
+        remarks: Pairs of what a remark is about, and the remark.
+    """
+    names: dict[str, list[str]] = {}
+    for name, remark in remarks:
+        names.setdefault(remark, []).append(name)
+    return [
+        f"{remark[:1].upper()}{remark[1:].rstrip('.')} ({', '.join(about)})."
+        if len(about) > 1
+        else f"{about[0]}: {remark}"
+        for remark, about in names.items()
+    ]
 
 
 def value_text(value: object) -> str:

@@ -19,6 +19,7 @@ from kuea_mllm.reporting.blocks import (
     Table,
 )
 from kuea_mllm.reporting.pages import quickstart_report
+from kuea_mllm.reporting.run_record import resumed_note, versions_text
 from kuea_mllm.reporting.text import count, plural
 
 # File name -> what it shows, what to look at.
@@ -116,14 +117,7 @@ def _summary(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
                 "warning",
             )
         )
-    if resumed := manifest.get("resumed_at"):
-        steps = ", ".join(f"{step:,}" for step in resumed)
-        blocks.append(
-            Paragraph(
-                f"Interrupted and resumed {plural(len(resumed), 'time')}, after update {steps}.",
-                "note",
-            )
-        )
+    blocks += resumed_note(manifest, "update")
     return blocks
 
 
@@ -190,13 +184,12 @@ def _use(manifest: Mapping[str, Any]) -> list[Block]:
 
 
 def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    versions = manifest["versions"]
     shown = ("kuea-mllm", "torch", "transformers", "peft", "python")
     return [
         ("Command", manifest["command"]),
         ("Finished", manifest["created"]),
         ("Vision tower", manifest["vision_tower"]["fingerprint"]),
         ("Data file (checksum)", manifest["data"]["listing"]),
-        ("Versions", ", ".join(f"{name} {versions[name]}" for name in shown if name in versions)),
+        ("Versions", versions_text(manifest, *shown)),
         ("All settings", "run.yaml beside this file repeats the run"),
     ]

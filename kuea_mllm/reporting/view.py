@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.reporting.text import interval, one_line, percent, plain, points
+from kuea_mllm.reporting.text import (
+    grouped,
+    interval,
+    one_line,
+    percent,
+    plain,
+    points,
+)
 
 VERDICTS = ("better", "worse", "cannot tell")
 NOT_TESTED = "not tested"
@@ -175,7 +182,7 @@ class ComparisonView:
     @property
     def notes(self) -> list[str]:
         """What is to be kept in mind about single rows: few images, seeds that disagree."""
-        return [f"{row.task}: {row.note}" for row in self.rows if row.note]
+        return grouped((row.task, row.note) for row in self.rows if row.note)
 
     @property
     def level_text(self) -> str:
@@ -206,7 +213,7 @@ def parse_comparison(comparison: Mapping[str, Any]) -> ComparisonView:
             remarks=_remarks(comparison),
             average_unjudged=_average(unjudged, "without judged") if unjudged else None,
             part_averages=[
-                _average(raw, f"average, {one_line(part)}")
+                _average(raw, _part_average(one_line(part)))
                 for part, raw in (comparison.get("averages") or {}).items()
             ],
             protocols=[one_line(name) for name in settings.get("protocols") or ()],
@@ -309,6 +316,10 @@ def _average(raw: Mapping[str, Any], name: str) -> ColumnView:
     )
 
 
+def _part_average(part: str) -> str:
+    return part if part.lower().startswith("average") else f"average, {part}"
+
+
 def _verdict(raw: Mapping[str, Any]) -> str:
     verdict = str(raw["verdict"])
     if verdict not in VERDICTS:
@@ -334,16 +345,23 @@ def _remarks(comparison: Mapping[str, Any]) -> list[str]:
     for side, tasks in (comparison.get("only_in") or {}).items():
         if tasks:
             remarks.append(f"Only the {side} has: {one_line(', '.join(tasks))}.")
+    left_out: dict[str, list[str]] = {}
     for column in comparison["columns"].values():
         name = one_line(column.get("column") or column["task"])
         if column.get("missing"):
-            remarks.append(f"{name} is missing: {one_line(column['missing'])}")
+            left_out.setdefault(f"missing: {one_line(column['missing'])}", []).append(name)
         elif column.get("reason"):
-            remarks.append(f"{name} is not paired: {one_line(column['reason'])}")
+            left_out.setdefault(f"not paired: {one_line(column['reason'])}", []).append(name)
     excluded = (comparison.get("average") or {}).get("excluded") or {}
     for task, reason in excluded.items():
         column = comparison["columns"].get(task) or {}
         if not column.get("reason"):
             name = one_line(column.get("column") or task)
-            remarks.append(f"{name} is not in the average: {one_line(reason)}")
-    return remarks
+            left_out.setdefault(f"not in the average: {one_line(reason)}", []).append(name)
+    return [
+        *remarks,
+        *(
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {why}"
+            for why, names in left_out.items()
+        ),
+    ]

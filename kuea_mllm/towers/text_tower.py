@@ -29,11 +29,14 @@ from kuea_mllm.towers.text_half import (
 )
 
 Tokenize = Callable[[list[str]], Tensor]
+# Tokens (n, context_length) to the position (n,) at which a causal model reads its embedding.
+ReadAt = Callable[[Tensor], Tensor]
 
 TEXTS_AT_ONCE = 256
 # OpenAI's byte pairs, which open_clip carries along; every model of that vocabulary uses them.
 _OPENAI_VOCABULARY = 49408
 _LEAST_VOCABULARY = 0.9
+_OLD_EOS = 2
 _WHOLE_MODELS = ("clip", "siglip")
 _NO_TEXT = "Give the full CLIP that the tower was made from, such as openai/clip-vit-large-patch14."
 
@@ -55,8 +58,10 @@ class TextTower:
         source: str,
         fingerprint: str,
         context_length: int,
+        read_at: ReadAt | None = None,
     ) -> None:
         self._module, self._tokenize = module.eval().requires_grad_(False), tokenize
+        self._read_at = read_at
         self.source, self.fingerprint = source, fingerprint
         self.context_length = context_length
         self._device = torch.device("cpu")
@@ -79,14 +84,21 @@ class TextTower:
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Embed texts.
 
+        A causal model sees nothing behind the token at which it is read, so texts of like length
+        are embedded together and cut there: a prompt has a dozen tokens of 77.
+
         Returns:
             (n, width), float32, on the CPU, not normalised.
         """
-        parts = []
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            tokens = self._tokenize(list(texts[start : start + TEXTS_AT_ONCE]))
-            parts.append(self._module(tokens.to(self._device)).float().cpu())
-        return torch.cat(parts)
+        pieces = [list(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
+        tokens = torch.cat([self._tokenize(piece) for piece in pieces])
+        lengths = torch.full((len(tokens),), tokens.shape[1])
+        if self._read_at is not None:
+            lengths = self._read_at(tokens) + 1
+        rows = torch.split(lengths.argsort(stable=True), TEXTS_AT_ONCE)
+        parts = [self._module(tokens[r, : lengths[r[-1]]].to(self._device)) for r in rows]
+        embedded = torch.cat([part.float().cpu() for part in parts])
+        return embedded[torch.cat(rows).argsort()]
 
 
 def has_text_tower(path: Path) -> bool:
@@ -136,16 +148,39 @@ class _Pooled(nn.Module):
 
 
 class _First(nn.Module):
-    """A text transformer of open_clip that returns embeddings alone."""
+    """A text transformer of open_clip that returns embeddings alone.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        read_at: Where it is read, if it is causal and read at a token of the text.
+    """
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.read_at: ReadAt | None = None
+        # An appended class token (CoCa) is read behind all padding.
+        if model.attn_mask is not None and model.cls_emb is None:
+            self.read_at = {"argmax": _highest, "eos": _first_of(model.eos_id)}.get(model.pool_type)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        output: Any = self.model(tokens)
+        mask, length = self.model.attn_mask, tokens.shape[1]
+        if self.read_at is not None:
+            # It adds the whole mask, however long the texts are.
+            self.model.attn_mask = mask[:length, :length]
+        try:
+            output: Any = self.model(tokens)
+        finally:
+            self.model.attn_mask = mask
         # With `output_tokens`, as CoCa's configurations have it, the tokens come second.
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def _highest(tokens: Tensor) -> Tensor:
+    return tokens.argmax(-1)
+
+
+def _first_of(token: int) -> ReadAt:
+    return lambda tokens: (tokens == token).int().argmax(-1)
 
 
 def _clip(path: Path, source: str, activation: str | None) -> TextTower:
@@ -171,7 +206,9 @@ def _clip(path: Path, source: str, activation: str | None) -> TextTower:
         "eps": half.layer_norm_eps,
         "tokenizer": files or "openai",
     }
-    return _tower(_Pooled(model), tokenize, source, settings, half.context_length)
+    # As transformers does: the highest token, also where the stated end is CLIP's old mistake.
+    read_at = _highest if half.eos_id in (None, _OLD_EOS) else _first_of(half.eos_id)
+    return _tower(_Pooled(model), tokenize, source, settings, half.context_length, read_at)
 
 
 def _siglip(directory: Path, source: str) -> TextTower:
@@ -233,7 +270,8 @@ def _open_clip(directory: Path, source: str) -> TextTower:
     length = int(text_cfg.get("context_length", 77))
     settings = {"text_cfg": text_cfg, "quick_gelu": bool(model_cfg.get("quick_gelu"))}
     settings |= {"tokenizer": _hash_tokenizer(directory)}
-    return _tower(_First(module), tokenizer, source, settings, length)
+    model = _First(module)
+    return _tower(model, tokenizer, source, settings, length, model.read_at)
 
 
 def _tower(
@@ -242,12 +280,18 @@ def _tower(
     source: str,
     settings: Mapping[str, Any],
     context_length: int,
+    read_at: ReadAt | None = None,
 ) -> TextTower:
     named: Iterable[tuple[str, Tensor]] = sorted(module.state_dict().items())
     label = json.dumps(settings, sort_keys=True, default=str)
     fingerprint = fingerprint_tensors([(label, torch.empty(0)), *named])
     return TextTower(
-        module, tokenize, source=source, fingerprint=fingerprint, context_length=context_length
+        module,
+        tokenize,
+        source=source,
+        fingerprint=fingerprint,
+        context_length=context_length,
+        read_at=read_at,
     )
 
 

@@ -306,7 +306,7 @@ def _write_report(
     gap = aligned.after["heldout_kernel_gap"] / aligned.before["heldout_kernel_gap"]
     summary.append(
         Paragraph(
-            f"On held-out pictures the kernel gap to the teacher fell to {gap:.0%} of what it was; "
+            f"On held-out pictures the kernel gap to the teacher fell to {100 * gap:.0f} % of what it was; "
             "zero-shot accuracy of the tower went from "
             f"{encoder['original']['zero_shot/average']:.1f} to "
             f"{encoder['aligned']['zero_shot/average']:.1f} %."

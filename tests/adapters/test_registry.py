@@ -193,3 +193,18 @@ def test_unreadable_configuration_is_named(tmp_path: Path, content: str | None, 
 def test_absent_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         registry.adapter_for(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("part", [".", "adapter"])
+def test_lora_weights_are_no_model(part: str, tmp_path: Path) -> None:
+    (tmp_path / part).mkdir(exist_ok=True)
+    (tmp_path / part / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds LoRA weights, not a model") as caught:
+        registry.adapter_for(tmp_path)
+    assert f"kuea-mllm merge {tmp_path} MERGED" in str(caught.value)
+
+
+def test_directory_without_configuration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json is missing") as caught:
+        registry.adapter_for(tmp_path)
+    assert "local Hugging Face model directory" in str(caught.value)

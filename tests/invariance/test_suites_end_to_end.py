@@ -8,11 +8,13 @@ run through all columns.
 from __future__ import annotations
 
 import gc
+import io
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from kuea_mllm.io import read_json, write_json
 
 TESTS = Path(__file__).parents[1]
 JUDGED = ("llava-wild", "llava-coco")
+LETTERS = "ABCDEFGHIJKLMNOP"
 BOXES = ("RefCOCOg", "RefCOCO+", "RefCOCO")
 
 # Ten, eight and seven of ten annotators agree, and two: 0.6.
@@ -218,15 +221,38 @@ def test_tiny_llava_answers_every_column(world: Path) -> None:
         ]
 
 
-def test_another_vlm_of_transformers_runs_too(world: Path) -> None:
-    results = load_results(world / "vlm-paper")
-    assert set(by_column(results)) == {"vsr", "RefCOCO", "MMVP"}
-    assert results.summary["model"]["adapter"] == "hf_vlm"
-    rows = results.rows(by_column(results)["vsr"])
-    assert {row.answer for row in rows} <= {"True", "False"}
+@pytest.mark.parametrize("name", ["vlm", "flamingo", "mof"])
+def test_every_runtime_answers_every_column(world: Path, name: str) -> None:
+    results = load_results(world / f"{name}-paper")
+    tasks = by_column(results)
+    assert set(tasks) == set(LLAVA_COLUMNS)
+    adapter = {"vlm": "hf_vlm", "flamingo": "openflamingo", "mof": "llava_mof"}[name]
+    assert results.summary["model"]["adapter"] == adapter
+    asked = load_results(world / "scripted-paper")
+    for column, task in tasks.items():
+        rows = results.rows(task)
+        assert not any(row.failed for row in rows)
+        assert [row.question for row in rows] == [row.question for row in asked.rows(task)]
+        assert column not in BOXES or results.columns[task]["remarks"] == [
+            "6 of 6 answers are no box and count as wrong"
+        ]
+    for column, choices in (("vsr", "True False"), ("pope", "Yes No"), ("AI2D", "A B C D")):
+        assert {row.answer for row in results.rows(tasks[column])} <= set(choices.split())
+    entry, rows = results.columns[tasks["vsr"]], results.rows(tasks["vsr"])
     right = sum(row.answer == row.target for row in rows) / len(rows)
-    entry = results.columns[by_column(results)["vsr"]]
     assert entry["score"] == pytest.approx(right * entry["scale"])
+
+
+def test_boxes_of_a_square_that_a_model_never_saw_are_remarked(world: Path) -> None:
+    (entry,) = load_results(world / "flamingo-padded").columns.values()
+    assert entry["column"] == "RefCOCO"
+    assert "this model's images are not padded" in entry["remarks"][1]
+
+
+def test_answers_longer_than_a_context_are_shortened(world: Path) -> None:
+    # lmms-eval allows 4096 tokens, and OpenFlamingo has 2048.
+    (entry,) = load_results(world / "flamingo-wild").columns.values()
+    assert (entry["column"], entry["failed"]) == ("llava-wild", 0)
 
 
 def test_limit_draws_the_same_whole_pairs_for_every_model(world: Path) -> None:
@@ -254,6 +280,17 @@ def test_limit_on_stock_tasks_keeps_pairs_whole(world: Path) -> None:
     pairs = [row.cluster for row in results.rows(tasks["MMVP"])]
     assert len(pairs) == 2
     assert len(set(pairs)) == 1
+
+
+def test_changed_copy_under_a_finished_stock_column_is_noticed(world: Path) -> None:
+    log = read_json(world / "stock-resumed.json")
+    assert log["finished before"] == ["kuea_lmms_eval_refcoco"]
+    # The questions and right answers are what they were; the pictures are not.
+    assert "images of kuea_lmms_eval_refcoco are not those of the finished" in log["changed"]
+    assert f"data set refcoco ({world / 'hub' / 'refcoco'}) have changed" in log["changed"]
+    assert log["restored"] == "no error"
+    results = load_results(world / "stock-resumed")
+    assert set(by_column(results)) == {"RefCOCO", "MMVP"}
 
 
 def test_pair_is_resumed_and_compared(world: Path) -> None:
@@ -389,6 +426,45 @@ def write_models(folder: Path) -> None:
     processor.save_pretrained(folder / "vlm")
 
 
+def write_other_models(folder: Path) -> None:
+    """Write an OpenFlamingo, and a LLaVA with a second encoder beside CLIP."""
+    import tiny_flamingo
+    from test_llava_mof import write_expert
+
+    from kuea_mllm.adapters.llava_mof.adapter import LlavaMofAdapter
+
+    tokenizer = tiny_flamingo.tiny_tokenizer()
+    # The blank that its prompt lacks is a part of them.
+    tokenizer.add_tokens([f" {word}" for word in ("True", "False", "Yes", "No", *LETTERS)])
+    vars(tiny_flamingo)["tiny_tokenizer"] = lambda: tokenizer
+    tiny_flamingo.save_tiny_base(folder / "flamingo")
+    config = read_json(folder / "flamingo" / "config.json")
+    config["text_config"]["max_position_embeddings"] = 2048
+    write_json(folder / "flamingo" / "config.json", config)
+    expert = write_expert(folder / "expert", width=32)
+    LlavaMofAdapter().import_released(
+        folder / "llava", folder / "mof", tower=str(expert), command=None
+    )
+
+
+@contextmanager
+def short_answers() -> Iterator[None]:
+    """Let models write a few tokens of the thousand that they may."""
+    from transformers import GenerationMixin
+
+    generate = GenerationMixin.generate
+
+    def few(self: Any, *inputs: Any, max_new_tokens: int, **options: Any) -> Any:
+        return generate(self, *inputs, max_new_tokens=min(max_new_tokens, 6), **options)
+
+    vars_of: Any = GenerationMixin
+    vars_of.generate = few
+    try:
+        yield
+    finally:
+        vars_of.generate = generate
+
+
 def message_of(run: Callable[[], Any]) -> str:
     try:
         run()
@@ -398,7 +474,8 @@ def message_of(run: Callable[[], Any]) -> str:
 
 
 def run_everything(folder: Path) -> None:
-    sys.path += [str(TESTS / "unit" / "evaluation"), str(TESTS / "adapters")]
+    places = ("unit/evaluation", "adapters", "adapters/openflamingo")
+    sys.path += [str(TESTS / place) for place in places]
     import torch
     from lmms_eval.api.task import ConfigurableTask
     from suite_data import make_hub_copies, make_suite_data
@@ -415,6 +492,7 @@ def run_everything(folder: Path) -> None:
     copies = {name: str(path) for name, path in make_hub_copies(folder / "hub").items()}
     copies |= {name: own[name] for name in ("vsr", "tallyqa")}
     write_models(folder)
+    write_other_models(folder)
     for name in ("scripted", "model-baseline", "model-candidate"):
         # Only their files are looked at.
         shutil.copytree(folder / "llava", folder / name)
@@ -436,12 +514,60 @@ def run_everything(folder: Path) -> None:
         data = copies if protocol == "lmms-eval" else own
         score(f"scripted-{protocol}", "scripted", data, protocol=protocol)
     score("stock-limited", "scripted", copies, ["RefCOCO", "MMVP"], protocol="lmms-eval", limit=3)
+    write_json(folder / "stock-resumed.json", resume_stock(folder, copies, score))
     run_pair(folder, own)
     write_json(folder / "errors.json", collect_mistakes(folder, own, score))
     vars(runner)["choose_adapter"] = find
-    score("llava-paper", "llava", own)
-    score("llava-padded", "llava", own, [*BOXES], protocol="padded")
-    score("vlm-paper", "vlm", own, ["vsr", "RefCOCO", "MMVP"])
+    with short_answers():
+        score("llava-paper", "llava", own)
+        score("llava-padded", "llava", own, [*BOXES], protocol="padded")
+        for name in ("vlm", "flamingo", "mof"):
+            score(f"{name}-paper", name, own)
+        score("flamingo-padded", "flamingo", own, ["RefCOCO"], protocol="padded")
+        score("flamingo-wild", "flamingo", copies, ["llava-wild"], protocol="lmms-eval")
+
+
+def resume_stock(folder: Path, copies: Mapping[str, str], score: Any) -> dict[str, Any]:
+    """Stop in the second of two stock columns, and go on with another copy of the first's data."""
+    import pyarrow.parquet
+    from PIL import Image
+
+    from kuea_mllm.evaluation import runner
+    from kuea_mllm.evaluation.unfinished import unfinished_path
+
+    class Stopped(Scripted):
+        def generate(self, requests: Sequence[Any], **options: Any) -> list[str]:
+            if not requests[0].prompt.startswith("Bounding box"):
+                raise KeyboardInterrupt
+            return super().generate(requests, **options)
+
+    def run(**options: Any) -> str:
+        columns = ["RefCOCO", "MMVP"]
+        named = {"protocol": "lmms-eval", "limit": 3}
+        return message_of(
+            lambda: score("stock-resumed", "scripted", copies, columns, **named, **options)
+        )
+
+    vars(runner)["choose_adapter"] = lambda *_: Stopped()
+    with suppress(KeyboardInterrupt):
+        run()
+    path = unfinished_path(folder / "stock-resumed") / "columns"
+    log: dict[str, Any] = {"finished before": [column.name for column in path.iterdir()]}
+    vars(runner)["choose_adapter"] = lambda *_: Scripted()
+    (file,) = Path(copies["refcoco"]).rglob("*.parquet")
+    before = file.read_bytes()
+    table = pyarrow.parquet.read_table(file)
+    rows = table.to_pylist()
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(picture, "PNG")
+    for row in rows:
+        row["image"]["bytes"] = picture.getvalue()
+    changed = pyarrow.Table.from_pylist(rows, schema=table.schema)
+    pyarrow.parquet.write_table(changed, file)
+    log["changed"] = run(resume=True)
+    file.write_bytes(before)
+    log["restored"] = run(resume=True)
+    return log
 
 
 def collect_mistakes(folder: Path, own: Mapping[str, str], score: Any) -> dict[str, str]:

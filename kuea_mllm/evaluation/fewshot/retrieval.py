@@ -24,6 +24,7 @@ from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.devices import choose_device
 from kuea_mllm.errors import EvaluationError, TowerError
 from kuea_mllm.evaluation.fewshot.images import StoredImage
+from kuea_mllm.evaluation.preparing import strict_image_files
 from kuea_mllm.io import create_directory
 from kuea_mllm.log import LOGGER
 from kuea_mllm.towers.encode import TowerEncoder
@@ -121,7 +122,7 @@ class Retriever:
         size = self.settings.batch_size
         parts = []
         # Decoding and resizing release the interpreter lock, so that threads do for workers.
-        with ThreadPoolExecutor(self.settings.workers) as threads:
+        with strict_image_files(), ThreadPoolExecutor(self.settings.workers) as threads:
             ahead = [threads.submit(self._read, path) for path in paths[:size]]
             for start in range(0, len(paths), size):
                 batch = ahead

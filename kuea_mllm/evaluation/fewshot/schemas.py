@@ -187,7 +187,8 @@ def _read(path: Path) -> Any:
 
 
 def _read_lines(path: Path) -> Any:
-    return _parsed(path, lambda text: [json.loads(line) for line in text.splitlines() if line])
+    # Not `splitlines`: texts may hold other line separators.
+    return _parsed(path, lambda text: [json.loads(x) for x in text.split("\n") if x.strip()])
 
 
 def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:

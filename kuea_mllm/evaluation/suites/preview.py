@@ -42,7 +42,7 @@ def preview_columns(
             entries.append(entry)
             problems += [] if problem is None else [problem]
     if fewshot is not None:
-        entries += _preview_fewshot(fewshot, folders)
+        entries += _preview_fewshot(fewshot, folders, limit)
     return entries, next(iter(problems), None)
 
 
@@ -100,7 +100,10 @@ def _preview(
     return entry, error
 
 
-def _preview_fewshot(settings: FewShotSettings, folders: DataFolders) -> list[dict[str, Any]]:
+def _preview_fewshot(
+    settings: FewShotSettings, folders: DataFolders, limit: int | None
+) -> list[dict[str, Any]]:
+    asked = [count for count in (settings.num_samples, limit) if count is not None]
     protocols = {compat: protocol for protocol, compat in FLAMINGO_PROTOCOLS.items()}
     shown = {name: column for column, name in FLAMINGO_COLUMNS.items()}
     shots = "/".join(str(count) for count in settings.shots)
@@ -114,7 +117,7 @@ def _preview_fewshot(settings: FewShotSettings, folders: DataFolders) -> list[di
                 "protocol": protocols[settings.compat],
                 "metric": _FEWSHOT_METRICS.get(name, "vqa_accuracy"),
                 "statistic": "roc_auc" if name == "hatefulmemes" else "mean",
-                "documents": settings.num_samples,
+                "documents": min(asked, default=None),
                 "dataset": name,
                 "data": str(folder or "no folder"),
                 "state": FOUND if folder is not None and Path(folder).is_dir() else MISSING,

@@ -34,6 +34,10 @@ from kuea_mllm.evaluation.suites.schemas.simple import (
 from kuea_mllm.evaluation.suites.schemas.textvqa import read_textvqa
 from kuea_mllm.evaluation.suites.schemas.vqav2 import read_vqav2
 
+BOX_METRIC = "box_accuracy"
+PADDED = "padded"
+"""The protocol that maps boxes from the padded square."""
+
 _SCORING = "kuea_mllm.evaluation.suites.scoring"
 _TEXT = MappingProxyType({"max_new_tokens": 128, "do_sample": False})
 # As in LLaVA's own script: its answers are paragraphs.
@@ -109,7 +113,7 @@ _CHOICE = ("accuracy", "process_choice")
 _EXACT = ("accuracy", "process_text")
 _VQA = ("vqa_accuracy", "process_vqav2")
 _OCR = ("textvqa_accuracy", "process_textvqa")
-_RAW_BOX = ("box_accuracy", "process_box_raw")
+_RAW_BOX = (BOX_METRIC, "process_box_raw")
 _JUDGED = ("judged", "keep_answer")
 
 _PAPER = (
@@ -181,14 +185,14 @@ _PAPER = (
 
 
 def _padded(source: Source) -> Source:
-    if source.metric != "box_accuracy":
+    if source.metric != BOX_METRIC:
         return source
     return replace(source, process=f"{_SCORING}.process_box_padded")
 
 
 SOURCES: Mapping[str, Mapping[str, Source]] = {
     "paper": {source.column: source for source in _PAPER},
-    "padded": {source.column: _padded(source) for source in _PAPER},
+    PADDED: {source.column: _padded(source) for source in _PAPER},
     # Where lmms-eval has no task: answers are written, and have to be right to the letter.
     "lmms-eval": {
         source.column: source

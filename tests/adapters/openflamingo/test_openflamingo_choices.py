@@ -1,4 +1,4 @@
-"""Images that are remembered, and answers that are one token each."""
+"""Images that are remembered, answers that are one token each, and where written ones end."""
 
 from __future__ import annotations
 
@@ -83,3 +83,33 @@ def test_the_likeliest_first_token_is_chosen(runtime: OpenFlamingoRuntime) -> No
     assert len(set(expected)) > 1
     assert runtime.choose(requests(), CANDIDATES) == expected
     assert runtime.choose(apart(), CANDIDATES) == expected
+
+
+def test_an_answer_ends_where_another_question_begins(
+    runtime: OpenFlamingoRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = [" red\nQuestion: and this? Short answer: blue", " a Short one, [0.1, 0.2]", "", " b"]
+    monkeypatch.setattr(runtime, "complete", lambda *_, **__: written)
+    assert runtime.generate(requests()[:4], max_new_tokens=6) == [
+        "red",
+        "a Short one, [0.1, 0.2]",
+        "",
+        "b",
+    ]
+
+
+def test_an_answer_takes_no_more_than_half_of_the_context(
+    runtime: OpenFlamingoRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Of 256 tokens; lmms-eval's LLaVA-Bench allows 4096.
+    rows = requests()[:2]
+    with caplog.at_level("WARNING", logger="kuea_mllm"):
+        longest = runtime.generate(rows, max_new_tokens=4096)
+        assert longest == runtime.generate(rows, max_new_tokens=128)
+        runtime.generate(rows, max_new_tokens=4096)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Answers of up to 4096 tokens are allowed: they end after 128, half of the context."
+    ]
+    assert runtime.describe()["longest_answer"] == 128
+    with pytest.raises(UserError, match="4096 new tokens leave no room for a prompt in the 256"):
+        runtime.complete(["?"], [[]], max_new_tokens=4096)

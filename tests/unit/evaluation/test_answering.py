@@ -120,14 +120,20 @@ def test_unreadable_image_is_a_failure_of_its_question_alone() -> None:
         EnvironmentFailure("out of memory on cuda:0 while answering 8 questions at once."),
     ],
 )
-def test_out_of_memory_halves_the_batch_for_the_rest(error: Exception) -> None:
+def test_out_of_memory_halves_the_batch_for_the_rest(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     runtime = FakeRuntime(most=2)
     runtime.memory_error = error
     session = session_with(runtime)
     answers = Answerer(session, 8).answer([ask(str(i)) for i in range(12)])
     assert answers == [f"answer to {i}" for i in range(12)]
     assert not session.failures
-    assert [len(batch) for batch in runtime.batches] == [8, 4, 2, 2, 4, 2, 2, 2, 2]
+    assert [len(batch) for batch in runtime.batches] == [8, 4, 2, 2, 2, 2, 2, 2]
+    assert [record.message for record in caplog.records] == [
+        "Out of memory at a batch of 8: going on with 4.",
+        "Out of memory at a batch of 4: going on with 2.",
+    ]
 
 
 def test_out_of_memory_with_one_question_is_a_failure() -> None:

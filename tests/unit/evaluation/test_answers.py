@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,28 @@ def test_pictures_of_known_answers_are_shown_too(tmp_path: Path) -> None:
         session.on_images = lambda task, doc_id, images: shown.append(doc_id)
         answer_questions(session, 1, questions)
     assert shown == [0, 1]
+
+
+def test_picture_that_cannot_be_read_any_more_is_passed_over_and_a_full_disk_is_not(
+    tmp_path: Path,
+) -> None:
+    def lost() -> list[Any]:
+        raise OSError("the file is gone")
+
+    questions = [ask("a", 0, "red"), ask("b", 1, "blue")]
+    answer_questions(session_of(PlainRuntime(), tmp_path), 1, questions)
+    shown: list[int] = []
+    session = session_of(PlainRuntime(), tmp_path, shown=2)
+    session.on_images = lambda task, doc_id, images: shown.append(doc_id)
+    answer_questions(session, 1, [replace(questions[0], load_images=lost), questions[1]])
+    assert shown == [1]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    session.on_images = full
+    with pytest.raises(OSError, match="No space left"):
+        answer_questions(session, 1, questions)
 
 
 def test_work_is_shared_out_by_image_and_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

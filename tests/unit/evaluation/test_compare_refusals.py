@@ -89,6 +89,10 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
     samples.write_text(whole[:-20])
     with pytest.raises(EvaluationError, match="line 4 is not a sample row"):
         load_results(path).rows("pope")
+    first, *others = whole.splitlines(keepends=True)
+    samples.write_text("".join([first, first, *others[1:]]))
+    with pytest.raises(EvaluationError, match=r"pope\.jsonl holds document 0 2 times"):
+        load_results(path).rows("pope")
     write_json(path / "summary.json", {"kind": "results", "schema_version": 9})
     with pytest.raises(EvaluationError, match="schema version 9"):
         load_results(path)

@@ -96,6 +96,16 @@ def test_failed_samples_are_dropped_from_both_and_reported(tmp_path: Path) -> No
     assert any("3 questions" in warning for warning in comparison.warnings)
 
 
+def test_remarks_on_scores_are_repeated_once_for_each_side(tmp_path: Path) -> None:
+    column = {"remarks": ["9 of 9 answers are no box and count as wrong"]}
+    scores = {"refcoco": [0.0] * 9, "refcocog": [0.0] * 9}
+    before = write_results(tmp_path / "a", scores, column=column)
+    after = write_results(tmp_path / "b", {name: [1.0] * 9 for name in scores})
+    warnings = compare_results(before, after, resamples=100).warnings
+    expected = "baseline, refcoco, refcocog: 9 of 9 answers are no box and count as wrong."
+    assert [text for text in warnings if "no box" in text] == [expected]
+
+
 def test_all_samples_failed_leaves_nothing_to_compare(tmp_path: Path) -> None:
     before = write_results(tmp_path / "a", {"pope": [0.0, 1.0]}, failed=(0, 1))
     after = write_results(tmp_path / "b", {"pope": [0.0, 1.0]})

@@ -93,6 +93,16 @@ def test_memes_are_read_from_each_name_of_their_file(tmp_path: Path) -> None:
         read(tmp_path, "test")
 
 
+def test_meme_may_hold_any_line_separator(tmp_path: Path) -> None:
+    write_memes(tmp_path)
+    path = tmp_path / "dev.jsonl"
+    text = "one\u2028two\x85three"
+    row = {"id": 9, "img": "img/dev0.png", "label": 1, "text": text}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n\n")
+    assert DATASETS["hatefulmemes"].read(tmp_path, "test")[-1].question == text
+
+
 def _drop_key(content: Any) -> None:
     del content["images"][0]["sentences"]
 

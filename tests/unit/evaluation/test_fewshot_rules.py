@@ -328,6 +328,23 @@ def test_most_similar_images_come_last(tower: Path, tmp_path: Path) -> None:
         again.most_similar(paths, paths[:2], 6)
 
 
+def test_half_an_image_is_not_embedded(
+    tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image, ImageFile
+
+    from kuea_mllm.evaluation.fewshot.retrieval import Retriever
+
+    # As lmms-eval leaves it when it is imported.
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    path = tmp_path / "half.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    settings = Retrieval(tower=str(tower), cache=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"half\.png cannot be decoded"):
+        Retriever(settings, device="cpu").embed([str(path)])
+
+
 def test_changed_image_is_embedded_anew(tower: Path, tmp_path: Path) -> None:
     from kuea_mllm.evaluation.fewshot.retrieval import Retriever
 

@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from kuea_mllm.evaluation.measures import RatioMeasure
 from kuea_mllm.evaluation.resampling import Stratum, bootstrap_differences, percentile_interval
-from kuea_mllm.evaluation.statistics import RatioMeasure
 from kuea_mllm.evaluation.stats import (
     bootstrap_p,
     compare_measures,

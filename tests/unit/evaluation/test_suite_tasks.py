@@ -24,6 +24,7 @@ from kuea_mllm.config.evaluate import (
 from kuea_mllm.errors import DataError, RecipeError
 from kuea_mllm.evaluation.fewshot.task_files import write_fewshot_tasks
 from kuea_mllm.evaluation.jobs import read_wishes, warn_of_missing_judge
+from kuea_mllm.evaluation.suites.preview import preview_columns
 from kuea_mllm.evaluation.suites.registry import (
     DataFolders,
     PlannedColumn,
@@ -258,6 +259,18 @@ def test_few_shot_columns_are_those_of_the_suite(tmp_path: Path) -> None:
     ]
     assert {entry["protocol"] for entry in stated} == {"open-flamingo-released"}
     assert [entry["statistic"] for entry in stated] == ["mean"] * 2 + ["roc_auc"] * 2
+
+
+@pytest.mark.parametrize(
+    ("samples", "limit", "shown"), [(None, None, None), (500, None, 500), (500, 8, 8), (None, 8, 8)]
+)
+def test_preview_counts_the_few_shot_documents_that_are_asked(
+    samples: int | None, limit: int | None, shown: int | None, tmp_path: Path
+) -> None:
+    few = FewShotSettings(datasets=["vqav2"], shots=[0], num_samples=samples)
+    folders = DataFolders(str(tmp_path), {})
+    (entry,), _ = preview_columns(None, few, folders, limit=limit, limit_seed=None)
+    assert entry["documents"] == shown
 
 
 @pytest.mark.parametrize("compat", ["correct", "released"])

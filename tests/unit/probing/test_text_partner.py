@@ -26,7 +26,7 @@ from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.probing.partner import load_partner
 from kuea_mllm.towers.load import load_tower
 from kuea_mllm.towers.save import save_tower
-from kuea_mllm.towers.text_tower import load_text_tower
+from kuea_mllm.towers.text_tower import _First, load_text_tower
 
 TEXTS = ["a photo of a dog.", "", "two cats " * 60]
 WORDS = ["<pad>", "<s>", "a", "photo", "of", "cat", "dog", "</s>"]
@@ -75,6 +75,42 @@ def test_open_clip_repository_brings_its_own_text_tower(directory: Path) -> None
     partner = load_partner(load_tower(directory))
     assert partner.found_by == "the tower's own weights"
     assert torch.allclose(partner.encode(TEXTS), expected_of(clip_model()), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "openai"])
+def test_causal_text_tower_sees_no_padding(kind: str, tmp_path: Path) -> None:
+    settings = model_settings()
+    settings["text_cfg"] |= {"width": 64, "heads": 1}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**settings).eval()
+    path = tmp_path / "clip.pt"
+    if kind == "open_clip":
+        write_clip(tmp_path / "clip")
+        path, model = tmp_path / "clip", clip_model()
+    else:
+        torch.save(model.state_dict(), path)
+    text = load_text_tower(path)
+    shapes: list[tuple[int, ...]] = []
+    module: Any = text._module
+    module.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    short = ["a dog", "two cats", "a photo of a dog."]
+    texts = [short[number % 3] for number in range(300)] + TEXTS
+    embedded = text.encode(texts)
+    assert shapes == [(256, 8), (47, 77)]
+    assert torch.allclose(embedded[-3:], text.encode(TEXTS), atol=1e-6)
+    assert torch.allclose(embedded[2], text.encode([short[2]])[0], atol=1e-6)
+    assert torch.allclose(embedded[-3:], expected_of(model), atol=1e-5)
+
+
+def test_text_tower_with_a_class_token_is_read_whole() -> None:
+    torch.manual_seed(0)
+    model = open_clip.transformer.TextTransformer(
+        vocab_size=16, width=16, heads=2, layers=1, output_dim=8, embed_cls=True
+    )
+    whole: Any = _First(model)
+    assert whole.read_at is None
+    tokens = torch.randint(0, 16, (2, 77))
+    assert torch.equal(whole(tokens), model(tokens))
 
 
 def test_openai_file_embeds_texts_as_open_clip_does(tmp_path: Path) -> None:

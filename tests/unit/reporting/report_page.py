@@ -6,7 +6,7 @@ import itertools
 import re
 from html.parser import HTMLParser
 
-VOID = {"meta", "img", "br", "link", "input", "rect"}
+VOID = {"meta", "img", "br", "link", "input", "rect", "wbr"}
 
 
 class Page(HTMLParser):

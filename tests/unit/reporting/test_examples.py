@@ -73,7 +73,10 @@ def test_questions_with_pictures_go_first(pair: tuple[Path, Path]) -> None:
     assert set(found) == {"0", "6"}
     assert found["0"].image == make_png(8)
     assert found["6"].image is None
-    assert found["6"].no_image == "picture b.png is not readable"
+    assert (
+        found["6"].no_image
+        == "picture b.png is not a picture (BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP)"
+    )
 
 
 def test_each_picture_is_shown_once_before_any_twice(tmp_path: Path) -> None:

@@ -294,3 +294,36 @@ def test_package_imports_nothing_heavy() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_commands_between_backticks_are_set_as_code() -> None:
+    page_text = render_html(
+        Report(
+            "A",
+            sections=[Section("B", [Paragraph("use `kuea-mllm <b>`, `x`"), Bullets(["5` wide"])])],
+        )
+    )
+    assert "use <code>kuea-mllm &lt;b&gt;</code>, <code>x</code>" in page_text
+    assert "5` wide" in page_text
+
+
+def test_long_row_names_may_break_at_underscores() -> None:
+    text = render_html(Report("A", sections=[Section("B", [Table("c", ["x"], [["a_b_<c>_d"]])])]))
+    assert "a_<wbr>b_&lt;c&gt;_d" in text
+    assert "a_b_<c>_d" in Page(text).text
+
+
+def test_print_is_light_whole_and_repeats_no_totals(report_text: str) -> None:
+    printed = report_text.split("@media print {")[1].split("\n}\n", maxsplit=1)[0]
+    for rule in (
+        "color-scheme: light",
+        "tfoot { display: table-row-group",
+        "th:first-child { position: static",
+        "overflow: visible",
+        "white-space: pre-wrap",
+    ):
+        assert rule in printed
+    kept_whole = next(line for line in printed.splitlines() if "figure, tr" in line)
+    assert "break-inside: avoid" in kept_whole
+    headings = next(line for line in printed.splitlines() if "h1, h2" in line)
+    assert "break-after: avoid" in headings

@@ -8,7 +8,9 @@ from importlib.resources import files
 import pytest
 
 from kuea_mllm.reporting.dark import COLOURS, adapt_to_dark
+from kuea_mllm.reporting.drawing import figure_svg
 from kuea_mllm.reporting.html import make_picture
+from kuea_mllm.reporting.score_figures import Series, score_bars
 
 STYLE = (files("kuea_mllm.reporting") / "templates" / "style.html").read_text(encoding="utf-8")
 _ROOTS = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)
@@ -75,3 +77,13 @@ def test_figure_follows_the_choice_of_the_reader() -> None:
 def test_figures_of_pages_are_adapted() -> None:
     plain = '<svg xmlns="http://www.w3.org/2000/svg"></svg>'
     assert len(make_picture(plain).uri) > len(plain) * 2
+
+
+def test_hatched_bars_follow_the_page_too() -> None:
+    figure = score_bars(["a"], [Series(str(number), [50.0]) for number in range(5)])
+    svg = figure_svg(figure, "bars")
+    assert 'fill="#d55e00"' in svg
+    adapted = adapt_to_dark(svg)
+    assert 'fill="#' not in adapted
+    for colour in ("#d55e00", "#009e73", "#aa4499"):
+        assert f'style="fill: var(--c{list(COLOURS).index(colour)})"' in adapted

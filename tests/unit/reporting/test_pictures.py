@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -40,20 +42,71 @@ def test_original_is_made_small(tmp_path: Path) -> None:
     [
         ({"doc_id": 1}, "no picture stored"),
         ({"doc_id": 1, "image": "/gone/x.jpg"}, "file /gone/x.jpg is not on this machine"),
+        ({"doc_id": 1, "image": "gone/x.jpg"}, f"file gone/x.jpg is not in {Path.cwd()}"),
     ],
 )
 def test_missing_picture_says_why(row: dict[str, object], reason: str, tmp_path: Path) -> None:
     assert PictureShelf([tmp_path]).load("pope", row) == (None, reason)
 
 
+def noise_jpeg() -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+DAMAGED = "is cut short or damaged"
+UNKNOWN = "is not a picture (BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP)"
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"<svg onload=x>", b"\xff\xd8\xff\xe0", make_png(30)[:40]]
+    ("content", "fault"),
+    [
+        (b"", "is empty"),
+        (b"<svg onload=x>", UNKNOWN),
+        (b"RIFF\x00\x00\x00\x00WAVEfmt ", UNKNOWN),
+        (b"\xff\xd8\xff\xe0", DAMAGED),
+        (make_png(30)[:40], DAMAGED),
+        (make_png(30)[:50], DAMAGED),
+        (noise_jpeg()[:900], DAMAGED),
+    ],
 )
-def test_unreadable_file_is_no_picture(content: bytes, tmp_path: Path) -> None:
+def test_file_that_is_no_picture_says_what_is_wrong(
+    content: bytes, fault: str, tmp_path: Path
+) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
     found = PictureShelf([tmp_path]).load("pope", {"doc_id": 1, "image": str(path)})
-    assert found == (None, f"file {path} is not readable")
+    assert found == (None, f"file {path} {fault}")
+
+
+def test_folder_and_pipe_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    shelf = PictureShelf([tmp_path])
+    for path in (tmp_path, tmp_path / "pipe"):
+        found = shelf.load("pope", {"doc_id": 1, "image": str(path)})
+        assert found == (None, f"file {path} is not a file")
+
+
+def test_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_photo(tmp_path / "photo.jpg")
+
+    def refuse(self: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    # The rights of files do not bind the tests where they run as root.
+    monkeypatch.setattr(Path, "open", refuse)
+    found = PictureShelf([tmp_path]).load("pope", {"doc_id": 1, "image": str(path)})
+    assert found == (None, f"file {path} may not be read by this user")
+
+
+def test_damaged_stored_picture_gives_way_to_the_original_or_says_why(tmp_path: Path) -> None:
+    write_thumbnails(tmp_path, "pope", [(3, "a.png", make_png(8)[:40])])
+    photo = write_photo(tmp_path / "photo.jpg")
+    shelf = PictureShelf([tmp_path])
+    assert shelf.load("pope", {"doc_id": 3}) == (None, f"picture a.png {DAMAGED}")
+    assert shelf.load("pope", {"doc_id": 3, "image": str(photo)})[0]
 
 
 def test_index_names_no_file_elsewhere(tmp_path: Path) -> None:
@@ -86,9 +139,23 @@ def test_only_common_formats_of_bounded_size_are_read(
     monkeypatch.setattr(pictures, "LARGEST_FILE", 20_000)
     monkeypatch.setattr(pictures, "LARGEST_PICTURE", 500)
     shelf = PictureShelf([tmp_path])
-    for number, path in enumerate(paths):
-        found = shelf.load("pope", {"doc_id": number, "image": str(path)})
-        assert found == (None, f"file {path} is not readable")
+    faults = (
+        UNKNOWN,
+        "is too large: more than 0.0005 million pixels",
+        "is too large: more than 0.02 MB",
+    )
+    for path, fault in zip(paths, faults, strict=True):
+        found = shelf.load("pope", {"doc_id": path.name, "image": str(path)})
+        assert found == (None, f"file {path} {fault}")
+
+
+def test_picture_that_would_fill_the_memory_is_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_photo(tmp_path / "photo.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    found = PictureShelf([tmp_path]).load("pope", {"doc_id": 1, "image": str(path)})
+    assert found == (None, f"file {path} is too large: more than 64 million pixels")
 
 
 @pytest.mark.parametrize("image", ["/" + "a" * 5000, "a\0b", ["a.png"], 5])

@@ -217,3 +217,35 @@ def test_other_baseline_of_a_candidate_is_shown(
     assert "from" not in same and other.endswith(", from 12.5")
     assert "the baseline's score on the questions" in table.caption
     assert not any("from" in getattr(cell, "text", "") for cell in rows["AI2D"])
+
+
+def test_totals_have_no_bar_among_percentages(tmp_path: Path) -> None:
+    columns = {
+        "mme": {"task": "mme", "metric": "score", "score": 1481.2, "n": 9, "failed": 0},
+        "pope": {"task": "pope", "metric": "f1", "score": 0.861, "n": 9, "failed": 0},
+    }
+    summary = {"model": {"name": "m"}, "settings": {}, "columns": columns}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    write_results_report(tmp_path / "r.html", tmp_path)
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    (alt,) = [str(image["alt"]) for image in page.all("img")]
+    assert alt == "Bars of the scores. pope: m 86.1."
+    assert "Not drawn (missing, or a total): mme." in page.text
+    assert ["mme", "1,481.2"] in [row[:2] for row in page.cells]
+
+
+def test_many_parts_are_folded_by_column(tmp_path: Path) -> None:
+    parts = {f"class {number}": 0.5 for number in range(1_000)}
+    entry = {"task": "imagenet", "metric": "acc1", "score": 0.5, "n": 5000, "failed": 0}
+    summary = {
+        "model": {"name": "m"},
+        "settings": {},
+        "columns": {"imagenet": entry | {"breakdown": parts}},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    write_results_report(tmp_path / "r.html", tmp_path)
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    require_accessible(page)
+    assert "<summary>imagenet: 1000 parts</summary>" in text
+    assert ["imagenet: class 999", "50.0"] in page.cells

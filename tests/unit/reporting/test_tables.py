@@ -67,6 +67,40 @@ def test_comparison_table_keeps_long_numbers_at_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(("width", "lines"), [(80, 1), (79, 2), (60, 2)])
+def test_verdict_is_in_one_line_where_there_is_room(width: int, lines: int) -> None:
+    column = make_column(
+        "RefCOCOg",
+        "acc_at_iou_0.5",
+        n=214_354,
+        difference=-0.1,
+        low=-0.218,
+        high=0.218,
+        verdict="cannot tell",
+    )
+    text = render(tables.comparison_table(make_comparison(column)), width)
+    assert ("cannot tell" in text) == (lines == 1)
+    assert ("acc_at_iou_0.5" in text) or width < 80
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_note_that_columns_share_is_said_once() -> None:
+    notes = {"pope": "only 12 clusters: the interval is rough.", "vsr": "", "mme": "another."}
+    columns = [make_column(name, note=note) for name, note in notes.items()]
+    shared = [make_column(name, note=notes["pope"]) for name in ("ai2d", "gqa")]
+    text = " ".join(render(tables.comparison_text(make_comparison(*columns, *shared))).split())
+    assert "Note: Only 12 clusters: the interval is rough (pope, ai2d, gqa). Note: mme:" in text
+    assert text.count("interval is rough") == 1
+
+
+def test_columns_that_lack_a_score_for_one_reason_are_named_together() -> None:
+    columns = [
+        make_column(name, paired=False, missing="no judge", reason="x") for name in ("wild", "coco")
+    ]
+    text = render(tables.comparison_text(make_comparison(*columns, make_column("gqa"))))
+    assert "Note: wild, coco are missing: no judge" in text
+
+
 def test_comparison_text_begins_with_the_finding() -> None:
     text = render(tables.comparison_text(full_comparison()))
     assert text.startswith("1 column cannot be told apart, 1 is better")

@@ -79,6 +79,8 @@ def test_one_world_has_intervals_over_questions_only() -> None:
     assert text.count("| models |") == 1
     assert "| +peft vs baseline | +25.0 [+0.0, +100.0] | +0.0 " in text
     assert "| +both | 100.0 | 100.0 | 100.0 |" in text
+    asked = peft_markdown({**table, "settings": {"questions": 1500}})
+    assert "Scores in percent, n = 1,500 questions of each task." in asked
 
 
 def test_markdown_report_and_terminal_show_both_intervals() -> None:

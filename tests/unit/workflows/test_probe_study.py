@@ -81,6 +81,7 @@ def difference(value: float, verdict: str, changes: list[float]) -> dict[str, An
         "verdict": verdict,
         "seeds": seeds,
         "baseline": 0.5,
+        "n": 1000,
     }
 
 
@@ -97,6 +98,7 @@ def test_tables_show_both_kinds_of_interval() -> None:
         },
     }
     lines = probe_study_markdown(record).splitlines()
+    assert "n = 1,000 questions in each column and world" in lines[0]
     rows = [line for line in lines if line.startswith("| zero-shot: single")]
     assert rows == [
         "| zero-shot: single | 50.0 | +3.0 [+2.0, +4.0] ▲ | -3.0 [-4.0, -2.0] ▼ |",

@@ -118,7 +118,8 @@ def test_figure_has_a_panel_for_each_measurement(tmp_path, aligned):
     figure = sweep_figure(record)
     assert len(figure.axes) == 2
     assert figure.axes[0].get_xscale() == "log"
-    lines = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    lines = [line for line in figure.axes[0].lines if line.get_marker() != "None"]
+    assert len({line.get_marker() for line in lines}) == len(lines)
     assert sorted(line.get_label() for line in lines) == ["0.1", "0.2"]
 
 
