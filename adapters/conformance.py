@@ -27,7 +27,7 @@ from kuea_mllm.adapters.base import (
     TowerSlot,
 )
 from kuea_mllm.adapters.registry import read_model_config
-from kuea_mllm.adapters.tuner_conformance import tuner_problems_of
+from kuea_mllm.adapters.tuner_conformance import findings_of, tuner_problems_of
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import TensorEntry, tensor_entries
 
@@ -67,14 +67,7 @@ def problems_of(adapter: MLLMAdapter, base: Path, *, answers: bool = True) -> li
         _slot,
     ]
     checks += [_runtime, _exchange] if answers else [_refusal_to_answer]
-    problems: list[str] = []
-    for check in checks:
-        try:
-            problems.extend(check(adapter, base))
-        # Anything an adapter raises here is a finding, not a failure of the suite.
-        except Exception as error:
-            problems.append(f"{check.__name__.strip('_')}: {type(error).__name__}: {error}")
-    return problems
+    return findings_of(checks, adapter, base)
 
 
 def _recognition(adapter: MLLMAdapter, base: Path) -> Iterator[str]:

@@ -163,6 +163,23 @@ def load_model(
     return model.eval()
 
 
+def empty_model(loader: Any, config: Any) -> nn.Module:
+    """Return a model on the meta device, from its configuration alone.
+
+    Args:
+        loader: A model class of transformers.
+        config: Its configuration.
+    """
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        model: Any = loader(config)
+    # Weights that are one on loading are one here, and counted once.
+    model.tie_weights()
+    empty: nn.Module = model.eval()
+    return empty
+
+
 def load_for_tuning(
     loader: Any,
     model_dir: Path,
@@ -171,7 +188,7 @@ def load_for_tuning(
     device: str,
     quantization: object | None,
     unquantised: Sequence[str],
-) -> Any:
+) -> nn.Module:
     """Load a model as it is to be tuned: nothing of it asks for a gradient.
 
     Args:
@@ -199,7 +216,8 @@ def load_for_tuning(
             quantization=quantization,
         )
     _require_unquantised(model, unquantised)
-    return model.requires_grad_(False)
+    frozen: nn.Module = model.requires_grad_(False)
+    return frozen
 
 
 def _require_unquantised(model: nn.Module, paths: Sequence[str]) -> None:

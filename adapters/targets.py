@@ -29,7 +29,7 @@ def linear_targets(
         UserError: If a name fits no layer of the language model.
     """
     inside = f"{parts.language_model}."
-    outside = (*parts.projector, parts.vision_tower, parts.output_head, *parts.excluded)
+    outside = (*parts.whole, *parts.excluded)
     layers = {
         path: layer
         for path, layer in model.named_modules()

@@ -64,6 +64,13 @@ def tuner_problems_of(adapter: MLLMAdapter, base: Path) -> list[str]:
     if not isinstance(adapter, MLLMTuner):
         return ["the adapter does not provide what MLLMTuner asks for"]
     checks: list[Callable[[Any, Path], Iterator[str]]] = [_parts, _format, _model, _states, _graph]
+    return findings_of(checks, adapter, base)
+
+
+def findings_of(
+    checks: Sequence[Callable[[Any, Path], Iterator[str]]], adapter: object, base: Path
+) -> list[str]:
+    """Return what some checks find; a check that fails is a finding too."""
     problems: list[str] = []
     for check in checks:
         try:
@@ -81,8 +88,7 @@ def _parts(adapter: MLLMTuner, base: Path) -> Iterator[str]:
     if any(not parameter.is_meta for parameter in empty.parameters()):
         yield "build_empty() has weights"
     known = dict(empty.named_modules())
-    whole = (*parts.projector, parts.vision_tower, parts.output_head)
-    for path in (parts.language_model, *whole):
+    for path in (parts.language_model, *parts.whole):
         if path not in known:
             yield f"tuning_parts() names {path}, which the model does not have"
         elif not any(True for _ in known[path].parameters()):
@@ -91,7 +97,7 @@ def _parts(adapter: MLLMTuner, base: Path) -> Iterator[str]:
     if not targets:
         yield "tuning_parts() leaves no linear layer for LoRA"
     for path in targets:
-        if any(f"{path}.".startswith(f"{place}.") for place in whole):
+        if any(f"{path}.".startswith(f"{place}.") for place in parts.whole):
             yield f"{path} would take LoRA, outside of the language model"
     head: Any = known[parts.output_head]
     rows = int(head.weight.shape[0])
@@ -209,9 +215,10 @@ def _graph(adapter: MLLMTuner, base: Path) -> Iterator[str]:
     for path in parts.projector:
         if all(each.grad is None for each in model.get_submodule(path).parameters()):
             yield f"hidden_states() gives {path} no gradient"
-    tower = model.get_submodule(parts.vision_tower)
-    if any(parameter.grad is not None for parameter in tower.parameters()):
-        yield f"hidden_states() gives {parts.vision_tower} a gradient"
+    for path in parts.encoders:
+        encoder = model.get_submodule(path)
+        if any(parameter.grad is not None for parameter in encoder.parameters()):
+            yield f"hidden_states() gives {path} a gradient"
 
 
 def _loaded(adapter: MLLMTuner, base: Path) -> tuple[TuningParts, nn.Module, nn.Module]:

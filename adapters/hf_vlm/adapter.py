@@ -6,20 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kuea_mllm.adapters.base import MLLMRuntime, TowerSlot, TuningFormat, TuningParts
+from kuea_mllm.adapters.base import TowerSlot
+from kuea_mllm.adapters.lazy import LazyAdapter, RuntimeClass, TunerModule
 from kuea_mllm.adapters.projector import projector_width
 from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import channel_values, check_complete, image_settings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+
+    from kuea_mllm.adapters.hf_vlm.structure import TowerOutline
 
 # Written by the original LLaVA code; transformers would read such a file with its own defaults.
 _ORIGINAL_LAYOUT = "mm_vision_tower"
 
 
-class HFVLMAdapter:
+class HFVLMAdapter(LazyAdapter):
     """Hugging Face VLMs with a `CLIPVisionModel` or `SiglipVisionModel` inside."""
 
     name = "hf_vlm"
@@ -39,7 +42,7 @@ class HFVLMAdapter:
         Raises:
             UserError: Naming the missing file, or the class of the vision model.
         """
-        self._inspect(base)
+        inspect_base(base)
         check_complete(base)
 
     def tower_slot(self, base: Path) -> TowerSlot:
@@ -48,7 +51,7 @@ class HFVLMAdapter:
         Raises:
             UserError: If the configuration is none of a VLM with a CLIP or SigLIP tower.
         """
-        found = self._inspect(base)
+        found = inspect_base(base)
         settings = image_settings(base)
         width = None
         if found.projector is not None:
@@ -73,47 +76,24 @@ class HFVLMAdapter:
 
         return find_tower(model, f"a loaded {type(model).__name__}").module
 
-    def open_runtime(self, model_dir: Path, *, dtype: str, device: str) -> MLLMRuntime:
-        """Load a VLM directory for answering questions with its own chat template.
+    def _check_loadable(self, base: Path) -> None:
+        self.check_base(base)
 
-        Raises:
-            UserError: If the directory, the dtype or the device is not usable, or the model has no
-                chat template.
-        """
-        self.check_base(model_dir)
+    def _model_class(self, base: Path) -> tuple[Any, Any]:
+        inspect_base(base)
+        from kuea_mllm.adapters.hf_vlm.structure import conversing_class
+
+        return conversing_class(base)
+
+    def _runtime(self) -> RuntimeClass:
         from kuea_mllm.adapters.hf_vlm.runtime import HFVLMRuntime
 
-        return HFVLMRuntime.load(model_dir, dtype=dtype, device=device)
+        return HFVLMRuntime
 
-    def tuning_parts(self, base: Path) -> TuningParts:
-        """Return where the parts of a VLM are, as transformers builds it.
-
-        Raises:
-            UserError: If they do not lie beside each other.
-        """
-        self._inspect(base)
+    def _tuner(self) -> TunerModule:
         from kuea_mllm.adapters.hf_vlm import tuner
 
-        return tuner.tuning_parts(base)
-
-    def tuning_format(self, base: Path, *, max_length: int) -> TuningFormat:
-        """Return how samples are read, by the model's own chat template and processor.
-
-        Raises:
-            UserError: If there is no chat template or it does not show what is an answer, or if
-                images take a varying number of tokens.
-        """
-        self._inspect(base)
-        from kuea_mllm.adapters.hf_vlm import tuner
-
-        return tuner.tuning_format(base, max_length=max_length)
-
-    def build_empty(self, base: Path) -> nn.Module:
-        """Return the model of a directory on the meta device."""
-        self._inspect(base)
-        from kuea_mllm.adapters.hf_vlm import tuner
-
-        return tuner.build_empty(base)
+        return tuner
 
     def load_for_tuning(
         self, base: Path, *, dtype: str, device: str, quantization: object | None = None
@@ -121,37 +101,32 @@ class HFVLMAdapter:
         """Load a VLM directory to be tuned.
 
         Raises:
-            UserError: If the directory, the dtype or the device is not usable.
+            UserError: If the directory, the dtype or the device is not usable, or the model does
+                more to its logits than its output layer.
         """
-        self.check_base(base)
-        from kuea_mllm.adapters.hf_vlm import tuner
+        model = super().load_for_tuning(base, dtype=dtype, device=device, quantization=quantization)
+        from kuea_mllm.adapters.hf_vlm.tuner import keep_to_parts
 
-        return tuner.load_for_tuning(base, dtype=dtype, device=device, quantization=quantization)
+        return keep_to_parts(model, base, is_quantised=quantization is not None)
 
-    def hidden_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return what the output layer reads, (rows, tokens, width)."""
-        from kuea_mllm.adapters.hf_vlm import tuner
 
-        return tuner.hidden_states(model, batch)
+def inspect_base(base: Path) -> TowerOutline:
+    """Say where the tower of a VLM directory sits, and how it is read.
 
-    def image_features(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        """Return what the language model gets of images, (images, tokens, width)."""
-        from kuea_mllm.adapters.hf_vlm import tuner
+    Raises:
+        UserError: If the configuration is none of a VLM with a CLIP or SigLIP tower.
+    """
+    config = read_model_config(base)
+    where = str(Path(base) / "config.json")
+    if _ORIGINAL_LAYOUT in config:
+        raise UserError(
+            f"{where} is LLaVA's in its original layout ({_ORIGINAL_LAYOUT} "
+            f"{config[_ORIGINAL_LAYOUT]!r}), which transformers would misread.",
+            "Use --mllm llava.",
+        )
+    from kuea_mllm.adapters.hf_vlm.structure import inspect_config
 
-        return tuner.image_features(model, pixel_values)
-
-    def _inspect(self, base: Path) -> Any:
-        config = read_model_config(base)
-        where = str(Path(base) / "config.json")
-        if _ORIGINAL_LAYOUT in config:
-            raise UserError(
-                f"{where} is LLaVA's in its original layout ({_ORIGINAL_LAYOUT} "
-                f"{config[_ORIGINAL_LAYOUT]!r}), which transformers would misread.",
-                "Use --mllm llava.",
-            )
-        from kuea_mllm.adapters.hf_vlm.structure import inspect_config
-
-        return inspect_config(config, where)
+    return inspect_config(config, where)
 
 
 def _model_types(config: Mapping[str, object]) -> list[str]:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kuea_mllm.adapters.answering import (
+    AnsweringRuntime,
+    describe_model,
+    forget_stored_settings,
+    unwritable_tokens,
+)
 from kuea_mllm.adapters.base import ChatRequest
 from kuea_mllm.adapters.choosing import likeliest
-from kuea_mllm.adapters.generation import check_generation_options
 from kuea_mllm.adapters.hf_vlm.answering import answer_tokens
 from kuea_mllm.adapters.hf_vlm.sharing import ImageSharing
 from kuea_mllm.adapters.hf_vlm.structure import conversing_class, find_tower
 from kuea_mllm.adapters.images import as_plain_rgb
 from kuea_mllm.adapters.loading import failures_named, load_model, resolve_device, resolve_dtype
-from kuea_mllm.errors import EnvironmentFailure, UserError
+from kuea_mllm.errors import UserError
 
 # Those that put a single image whole into the middle of a square; others tile, stretch or crop.
 _PADDING = {"DeepseekVLHybridImageProcessor", "DeepseekVLImageProcessor", "LlavaImageProcessor"}
@@ -26,7 +30,7 @@ _PADDING = {"DeepseekVLHybridImageProcessor", "DeepseekVLImageProcessor", "Llava
 _RESTORE = "Restore chat_template.jinja and processor_config.json from the base model."
 
 
-class HFVLMRuntime:
+class HFVLMRuntime(AnsweringRuntime):
     """A loaded VLM.
 
     Args:
@@ -53,13 +57,14 @@ class HFVLMRuntime:
         self._tower = find_tower(model, where)
         self._ends = _end_tokens(model, self.tokenizer)
         self._suppressed = self._tokens_never_to_generate()
-        # A stored temperature or length would otherwise fill in what a call leaves open.
-        self.model.generation_config = type(model.generation_config)(
+        forget_stored_settings(
+            model,
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self._ends,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         self.sharing = ImageSharing(model, self.tokenizer.pad_token_id)
+        self.prefixes = self.sharing.prefixes
         self._choices: dict[tuple[str, ...], list[int]] = {}
 
     @classmethod
@@ -84,50 +89,14 @@ class HFVLMRuntime:
             model = load_model(loader, model_dir, dtype=torch_dtype, device=torch_device)
         return cls(model, processor, str(model_dir))
 
-    def generate(
-        self,
-        requests: Sequence[ChatRequest],
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-    ) -> list[str]:
-        """Answer a batch of questions; see `MLLMRuntime.generate`."""
-        rows = self.generate_ids(
-            requests,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
-
-    def generate_ids(
-        self,
-        requests: Sequence[ChatRequest],
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        temperature: float = 0.0,
-        top_p: float | None = None,
+    def _answer(
+        self, requests: Sequence[ChatRequest], options: Mapping[str, Any]
     ) -> list[list[int]]:
-        """Answer a batch of questions with token ids, end tokens and padding left out.
-
-        Raises:
-            UserError: If an option is out of range, or the model cannot take a question.
-            EnvironmentFailure: If the device runs out of memory.
-        """
-        check_generation_options(max_new_tokens, num_beams, temperature, top_p)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
-        options["do_sample"] = temperature > 0
-        if temperature > 0:
-            # top_k would otherwise default to 50, which nobody asked for.
-            options |= {"temperature": temperature, "top_k": 0}
-            options |= {} if top_p is None else {"top_p": top_p}
         answers: dict[int, list[int]] = {}
         for positions in _same_image_counts(requests):
-            found = self._answer([requests[position] for position in positions], options)
+            group = [requests[position] for position in positions]
+            with self._memory_named(len(group)), torch.inference_mode():
+                found = self._go_on(self.sharing.inputs(group, self.prepare), options)
             answers |= dict(zip(positions, found, strict=True))
         return [answers[position] for position in range(len(requests))]
 
@@ -188,9 +157,7 @@ class HFVLMRuntime:
     def describe(self) -> dict[str, Any]:
         """Say how the model runs."""
         return {
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": str(self.model.device),
-            "attention": self.model.config._attn_implementation,
+            **describe_model(self.model),
             "conversation": "chat template of the model",
             "images": type(self.processor.image_processor).__name__,
             "pads_to_square": _pads_to_square(self.processor.image_processor),
@@ -202,31 +169,6 @@ class HFVLMRuntime:
         """Return the tensors of the tower in use."""
         state: Mapping[str, Tensor] = self._tower.module.state_dict()
         return state
-
-    def _answer(
-        self, requests: Sequence[ChatRequest], options: Mapping[str, Any]
-    ) -> list[list[int]]:
-        with self._memory_named(len(requests)), torch.inference_mode():
-            inputs = self.sharing.inputs(requests, self.prepare)
-            if options["num_beams"] > 1 and "past_key_values" in inputs:
-                # transformers repeats all the other inputs for its beams.
-                inputs["past_key_values"].batch_repeat_interleave(options["num_beams"])
-            output: Tensor = self.model.generate(
-                **inputs, **options, suppress_tokens=self._suppressed or None
-            )
-        new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [_until(row, self._ends) for row in new_ids]
-
-    @contextmanager
-    def _memory_named(self, count: int) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            self.sharing.prefixes.forget()
-            raise EnvironmentFailure(
-                f"out of memory on {self.model.device} while answering {count} questions at once.",
-                "Choose a smaller --batch-size, a smaller dtype or a larger device.",
-            ) from error
 
     def _tokens_of(self, candidates: tuple[str, ...]) -> list[int]:
         if candidates not in self._choices:
@@ -252,14 +194,12 @@ class HFVLMRuntime:
             )
 
     def _tokens_never_to_generate(self) -> list[int]:
-        # The embedding may be padded beyond the tokenizer, and those rows can win an argmax;
-        # a placeholder of an image is nothing to say.
-        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        known = set(self.tokenizer.get_vocab().values())
-        never = {token for token in range(vocabulary) if token not in known}
-        image_token = getattr(self.model.config, "image_token_id", None)
-        if image_token is not None and image_token < vocabulary:
-            never.add(image_token)
+        config = self.model.config
+        never = unwritable_tokens(
+            self.tokenizer,
+            config.get_text_config(decoder=True).vocab_size,
+            getattr(config, "image_token_id", None),
+        )
         return sorted(never - set(self._ends))
 
 
@@ -305,8 +245,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     ends = stored if isinstance(stored, list) else [stored]
     found = dict.fromkeys(token for token in [*ends, tokenizer.eos_token_id] if token is not None)
     return list(found)
-
-
-def _until(row: list[int], ends: Sequence[int]) -> list[int]:
-    cut = next((position for position, token in enumerate(row) if token in ends), len(row))
-    return row[:cut]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kuea_mllm.adapters.base import TuningFormat, TuningParts
+from kuea_mllm.adapters.hf_vlm.adapter import inspect_base
 from kuea_mllm.adapters.hf_vlm.reading import read_format
 from kuea_mllm.adapters.hf_vlm.structure import conversing_class, find_tower
-from kuea_mllm.adapters.loading import failures_named
-from kuea_mllm.adapters.loading import load_for_tuning as load
+from kuea_mllm.adapters.loading import empty_model, failures_named
 from kuea_mllm.adapters.packing import packed_again, side_by_side, without_rows
 from kuea_mllm.adapters.vocabulary import read_tokenizer_files
 from kuea_mllm.errors import UserError
@@ -31,7 +31,8 @@ def tuning_parts(base: Path) -> TuningParts:
     Raises:
         UserError: If language model, projector and tower do not lie beside each other.
     """
-    model: Any = build_empty(base)
+    inspect_base(base)
+    model: Any = empty_model(*conversing_class(base))
     where = _name(base, model)
     tower = find_tower(model, where)
     language_model = _path_of(model, model.get_decoder(), "language model", where)
@@ -68,6 +69,7 @@ def tuning_format(base: Path, *, max_length: int) -> TuningFormat:
 
     from kuea_mllm.adapters.hf_vlm.runtime import require_chat
 
+    inspect_base(base)
     loader, config = conversing_class(base)
     where = f"{base} ({loader.__name__})"
     token = getattr(config, "image_token_id", None)
@@ -80,44 +82,25 @@ def tuning_format(base: Path, *, max_length: int) -> TuningFormat:
     return read_format(processor, int(token), base, where, max_length=max_length)
 
 
-def build_empty(base: Path) -> nn.Module:
-    """Return the model on the meta device."""
-    from transformers.initialization import no_init_weights
+def keep_to_parts(model: Any, base: Path, *, is_quantised: bool) -> nn.Module:
+    """Make sure that a model's tower keeps nothing for a gradient, and its head alone makes logits.
 
-    loader, config = conversing_class(base)
-    with torch.device("meta"), no_init_weights():
-        model: Any = loader(config)
-    # Weights that are one on loading are one here, and counted once.
-    model.tie_weights()
-    empty: nn.Module = model.eval()
-    return empty
-
-
-def load_for_tuning(
-    base: Path, *, dtype: str, device: str, quantization: object | None
-) -> nn.Module:
-    """Load the model, nothing of it trainable; see `MLLMTuner`.
+    Args:
+        model: As it was loaded.
+        base: Its directory.
+        is_quantised: Whether its language model is.
 
     Raises:
-        UserError: If the directory, the dtype or the device is not usable, or the model does more
-            to its logits than its output layer.
+        UserError: If the model does more to its logits than its output layer.
     """
-    loader, _ = conversing_class(base)
     parts = tuning_parts(base)
-    model: nn.Module = load(
-        loader,
-        base,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
-        unquantised=(parts.vision_tower, *parts.projector, parts.output_head),
-    )
     # Patch embeddings may be made to ask for a gradient (`enable_input_require_grads`), and nothing
     # of the tower is to be kept for it.
     model.get_submodule(parts.vision_tower).register_forward_hook(_without_graph)
-    if quantization is None:
+    if not is_quantised:
         _check_head(model, parts, _name(base, model))
-    return model
+    kept: nn.Module = model
+    return kept
 
 
 def hidden_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

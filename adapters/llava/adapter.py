@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kuea_mllm.adapters.base import MLLMRuntime, Tap, TowerSlot, TuningFormat, TuningParts
+from kuea_mllm.adapters.base import Tap, TowerSlot
+from kuea_mllm.adapters.lazy import LazyAdapter, RuntimeClass, TunerModule
 from kuea_mllm.adapters.llava.original import check_original, is_original, original_slot
 from kuea_mllm.adapters.llava.reading import find_reading_problems
 from kuea_mllm.adapters.projector import ProjectorInput, projector_width
@@ -15,19 +16,17 @@ from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import channel_values, check_complete, image_settings
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
 # transformers' name of the tower's configuration -> our family.
 _FAMILIES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 _CLASSES = {"LlavaForConditionalGeneration", "LlavaModel"}
 _PROJECTOR = "multi_modal_projector.linear_1.weight"
 
 
-class LlavaAdapter:
+class LlavaAdapter(LazyAdapter):
     """LLaVA-1.5 in Hugging Face form, and its authors' layout as far as a swap needs it."""
 
     name = "llava"
+    model_name = "LlavaForConditionalGeneration"
 
     def recognises(self, config: Mapping[str, object]) -> bool:
         """Say whether this is a LLaVA configuration, original layout included."""
@@ -78,21 +77,6 @@ class LlavaAdapter:
         """Compare the settings of a directory with those that LLaVA-1.5 was trained with."""
         return find_reading_problems(base)
 
-    def vision_module(self, model: nn.Module) -> nn.Module:
-        """Return the vision tower of a loaded `LlavaForConditionalGeneration` or `LlavaModel`.
-
-        Raises:
-            UserError: If the model has no such part.
-        """
-        inner = getattr(model, "model", model)
-        tower: nn.Module | None = getattr(inner, "vision_tower", None)
-        if tower is None:
-            raise UserError(
-                f"a {type(model).__name__} has no vision_tower; "
-                "the llava adapter expects LlavaForConditionalGeneration."
-            )
-        return tower
-
     def import_released(
         self, source: Path, destination: Path, *, tower: str | None, command: str | None
     ) -> None:
@@ -105,73 +89,23 @@ class LlavaAdapter:
 
         import_original(source, destination, vision_tower=tower, command=command)
 
-    def open_runtime(self, model_dir: Path, *, dtype: str, device: str) -> MLLMRuntime:
-        """Load a LLaVA directory for answering questions.
-
-        Raises:
-            UserError: If the directory, the dtype or the device is not usable.
-        """
-        _read_config(model_dir)
-        self.check_base(model_dir)
-        # Checked before the slow part: the same refusals as for a swap.
-        self.tower_slot(model_dir)
-        from kuea_mllm.adapters.llava.runtime import LlavaRuntime
-
-        return LlavaRuntime.load(model_dir, dtype=dtype, device=device)
-
-    def tuning_parts(self, base: Path) -> TuningParts:
-        """Return where the parts are that tuning trains or leaves alone.
-
-        Raises:
-            UserError: If configuration and tokenizer do not say which rows stand for tokens.
-        """
-        from kuea_mllm.adapters.llava import tuner
-
-        return tuner.tuning_parts(base)
-
-    def tuning_format(self, base: Path, *, max_length: int) -> TuningFormat:
-        """Return LLaVA-1.5's conversation format and image preprocessing.
-
-        Raises:
-            UserError: If tokenizer or processor are missing or follow another format.
-        """
-        from kuea_mllm.adapters.llava import tuner
-
-        return tuner.tuning_format(base, max_length=max_length)
-
-    def build_empty(self, base: Path) -> nn.Module:
-        """Return the `LlavaForConditionalGeneration` of a directory on the meta device."""
-        from kuea_mllm.adapters.llava import tuner
-
-        return tuner.build_empty(base)
-
-    def load_for_tuning(
-        self, base: Path, *, dtype: str, device: str, quantization: object | None = None
-    ) -> nn.Module:
-        """Load a LLaVA directory to be tuned.
-
-        Raises:
-            UserError: If the directory, the dtype or the device is not usable.
-        """
+    def _check_loadable(self, base: Path) -> None:
         # `check_base` also takes the authors' layout, which transformers would misread.
         _read_config(base)
-        self.check_base(base)
-        self.tower_slot(base)
+        super()._check_loadable(base)
+
+    def _model_class(self, base: Path) -> tuple[Any, Any]:
+        return model_class(base)
+
+    def _runtime(self) -> RuntimeClass:
+        from kuea_mllm.adapters.llava.runtime import LlavaRuntime
+
+        return LlavaRuntime
+
+    def _tuner(self) -> TunerModule:
         from kuea_mllm.adapters.llava import tuner
 
-        return tuner.load_for_tuning(base, dtype=dtype, device=device, quantization=quantization)
-
-    def hidden_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return what the output layer reads, (rows, tokens, width)."""
-        from kuea_mllm.adapters.llava import tuner
-
-        return tuner.hidden_states(model, batch)
-
-    def image_features(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        """Return what the language model gets of images, (images, tokens, width)."""
-        from kuea_mllm.adapters.llava import tuner
-
-        return tuner.image_features(model, pixel_values)
+        return tuner
 
     def import_lora(self, source: Path, destination: Path, *, command: str | None) -> None:
         """Write LoRA weights in the authors' layout as a PEFT directory.
@@ -192,6 +126,17 @@ class LlavaAdapter:
         from kuea_mllm.adapters.llava.original_lora import export_lora
 
         export_lora(source, destination, tower=tower)
+
+
+def model_class(model_dir: Path) -> tuple[Any, Any]:
+    """Return the model class of a directory, and its configuration.
+
+    Raises:
+        UserError: If the configuration is not LLaVA in Hugging Face layout.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration, resolve_config(model_dir)
 
 
 def resolve_config(model_dir: Path) -> Any:

@@ -7,18 +7,22 @@ requests say by `image_keys` that their images are the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+from kuea_mllm.adapters.answering import (
+    AnsweringRuntime,
+    describe_model,
+    forget_stored_settings,
+    unwritable_tokens,
+)
 from kuea_mllm.adapters.base import ChatRequest
 from kuea_mllm.adapters.choosing import candidate_tokens, likeliest
-from kuea_mllm.adapters.generation import check_generation_options
-from kuea_mllm.adapters.llava.adapter import resolve_config
+from kuea_mllm.adapters.llava.adapter import model_class
 from kuea_mllm.adapters.llava.images import PaddedImages, padded_images
 from kuea_mllm.adapters.llava.loading import load_model_and_tokenizer
 from kuea_mllm.adapters.llava.prompt import build_prompt, check_tokenizer, tokenize_prompt
@@ -28,7 +32,7 @@ from kuea_mllm.adapters.prefix_sharing import (
     next_inputs,
     padded_left,
 )
-from kuea_mllm.errors import EnvironmentFailure, UserError
+from kuea_mllm.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("kuea_mllm")
 
 
-class LlavaRuntime:
+class LlavaRuntime(AnsweringRuntime):
     """A loaded LLaVA-1.5.
 
     Args:
@@ -49,6 +53,9 @@ class LlavaRuntime:
         UserError: If the tokenizer follows another conversation format or has no padding token.
     """
 
+    # Class and configuration of a directory; another one for variants.
+    _model_class = staticmethod(model_class)
+
     def __init__(self, model: Any, tokenizer: Any, images: PaddedImages, where: str) -> None:
         check_tokenizer(tokenizer, where)
         self.model = model
@@ -56,84 +63,36 @@ class LlavaRuntime:
         self._images = images
         self._tokens_per_image = tokens_per_image(model.config)
         self._pad_token_id = _padding_token(tokenizer, model.config, where)
+        self._ends = [tokenizer.eos_token_id]
         self._suppressed = self._tokens_never_to_generate()
         self.prefixes = SharedPrefixes()
-        self._forget_stored_sampling()
+        forget_stored_settings(model)
 
     @classmethod
-    def load(cls, model_dir: Path, *, dtype: str, device: str) -> LlavaRuntime:
+    def load(cls, model_dir: Path, *, dtype: str, device: str) -> Self:
         """Load a directory exactly as asked, with no other dtype or device as a fallback.
 
         Raises:
             UserError: If the directory, the dtype or the device is not usable.
         """
-        config = resolve_config(model_dir)
+        loader, config = cls._model_class(model_dir)
         images = padded_images(model_dir, config.vision_config.image_size)
-        model, tokenizer = load_model_and_tokenizer(model_dir, dtype=dtype, device=device)
+        model, tokenizer = load_model_and_tokenizer(loader, model_dir, dtype=dtype, device=device)
         return cls(model, tokenizer, images, str(model_dir))
 
-    def generate(
-        self,
-        requests: Sequence[ChatRequest],
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-    ) -> list[str]:
-        """Answer a batch of questions; see `MLLMRuntime.generate`."""
-        ids = self.generate_ids(
-            requests,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
-
-    def generate_ids(
-        self,
-        requests: Sequence[ChatRequest],
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        temperature: float = 0.0,
-        top_p: float | None = None,
+    def _answer(
+        self, requests: Sequence[ChatRequest], options: Mapping[str, Any]
     ) -> list[list[int]]:
-        """Answer a batch of questions with token ids, the end token and padding left out.
-
-        Raises:
-            UserError: If an option is out of range.
-            EnvironmentFailure: If the device runs out of memory.
-        """
-        check_generation_options(max_new_tokens, num_beams, temperature, top_p)
-        if not requests:
-            return []
         prompts = self._prompts(requests)
-        self._warn_of_length(max(len(prompt.ids) for prompt in prompts) + max_new_tokens)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            # top_k would otherwise default to 50, which the original never used.
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-            if top_p is not None:
-                sampling["top_p"] = top_p
+        longest = max(len(prompt.ids) for prompt in prompts)
+        self._warn_of_length(longest + options["max_new_tokens"])
+        tokens = {
+            "pad_token_id": self._pad_token_id,
+            "bos_token_id": self.tokenizer.bos_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+        }
         with self._memory_named(len(requests)), torch.inference_mode():
-            inputs = self._inputs(prompts, requests)
-            if num_beams > 1 and "past_key_values" in inputs:
-                # transformers repeats all the other inputs for its beams.
-                inputs["past_key_values"].batch_repeat_interleave(num_beams)
-            output: Tensor = self.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
-                suppress_tokens=self._suppressed or None,
-                pad_token_id=self._pad_token_id,
-                bos_token_id=self.tokenizer.bos_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
-                **sampling,
-            )
-        new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [_until(row, self.tokenizer.eos_token_id) for row in new_ids]
+            return self._go_on(self._inputs(prompts, requests), {**options, **tokens})
 
     def choose(self, requests: Sequence[ChatRequest], candidates: Sequence[str]) -> list[str]:
         """Pick the likeliest candidate for each question; see `ChoosingRuntime.choose`.
@@ -216,23 +175,10 @@ class LlavaRuntime:
         ready: list[Tensor] = [pixels for request in requests for pixels in request.pixels]
         return torch.stack(ready) if len(ready) == len(pictures) else self._images(pictures)
 
-    @contextmanager
-    def _memory_named(self, count: int) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            self.prefixes.forget()
-            raise EnvironmentFailure(
-                f"out of memory on {self.model.device} while answering {count} questions at once.",
-                "Choose a smaller --batch-size, a smaller dtype or a larger device.",
-            ) from error
-
     def describe(self) -> dict[str, Any]:
         """Say how the model runs."""
         return {
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": str(self.model.device),
-            "attention": self.model.config._attn_implementation,
+            **describe_model(self.model),
             "conversation": "v1",
             "images": "padded to a square, resized with PIL",
             "pads_to_square": True,
@@ -246,13 +192,10 @@ class LlavaRuntime:
         return state
 
     def _tokens_never_to_generate(self) -> list[int]:
-        # The embedding is padded beyond the tokenizer; those rows can win an argmax (trap 7), and
-        # neither placeholder is something to say.
-        vocabulary = self.model.config.text_config.vocab_size
-        known = set(self.tokenizer.get_vocab().values())
-        never = {token for token in range(vocabulary) if token not in known}
-        if self.model.config.image_token_id < vocabulary:
-            never.add(self.model.config.image_token_id)
+        config = self.model.config
+        never = unwritable_tokens(
+            self.tokenizer, config.text_config.vocab_size, config.image_token_id
+        )
         in_use = {self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
         if self._pad_token_id not in in_use | {self.tokenizer.unk_token_id}:
             never.add(self._pad_token_id)
@@ -267,13 +210,6 @@ class LlavaRuntime:
                 length,
                 longest,
             )
-
-    def _forget_stored_sampling(self) -> None:
-        # A stored temperature or length would otherwise fill in what a call leaves open.
-        from transformers import GenerationConfig
-
-        empty: Any = GenerationConfig
-        self.model.generation_config = empty()
 
 
 def tokens_per_image(config: Any) -> int:
@@ -298,7 +234,3 @@ def _padding_token(tokenizer: Any, config: Any, where: str) -> int:
         f"neither the tokenizer nor the configuration in {where} names a padding token.",
         'Set "pad_token" in tokenizer_config.json; LLaVA-1.5 uses "<unk>" or "<pad>".',
     )
-
-
-def _until(row: list[int], end: int) -> list[int]:
-    return row[: row.index(end)] if end in row else row

@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kuea_mllm.adapters.base import TuningFormat, TuningParts
 from kuea_mllm.adapters.llava.adapter import resolve_config
 from kuea_mllm.adapters.llava.images import padded_images
+from kuea_mllm.adapters.llava.loading import load_tokenizer
 from kuea_mllm.adapters.llava.prompt import IMAGE_TAG
 from kuea_mllm.adapters.llava.runtime import tokens_per_image
 from kuea_mllm.adapters.llava.tuning import LlavaConversations
 from kuea_mllm.adapters.loading import failures_named
-from kuea_mllm.adapters.loading import load_for_tuning as load
 from kuea_mllm.adapters.packing import without_rows
 from kuea_mllm.adapters.vocabulary import count_token_rows, read_tokenizer_files
 from kuea_mllm.errors import DataError, UserError
 
-_LANGUAGE_MODEL = "model.language_model"
-_PROJECTOR = "model.multi_modal_projector"
-_TOWER = "model.vision_tower"
-_HEAD = "lm_head"
 # Converted models have these behind the vocabulary of the original.
 _ADDITIONS = (IMAGE_TAG, "<pad>")
 
@@ -35,7 +31,19 @@ def tuning_parts(base: Path) -> TuningParts:
     Raises:
         UserError: If configuration and tokenizer do not say which rows stand for tokens.
     """
-    config = resolve_config(base)
+    return parts_of(resolve_config(base), base)
+
+
+def parts_of(config: Any, base: Path) -> TuningParts:
+    """Return where the parts are of a LLaVA, or of a variant of it.
+
+    Args:
+        config: Its configuration.
+        base: Its directory.
+
+    Raises:
+        UserError: If configuration and tokenizer do not say which rows stand for tokens.
+    """
     files = read_tokenizer_files(base)
     rows = config.text_config.vocab_size
     image = config.image_token_id
@@ -52,10 +60,10 @@ def tuning_parts(base: Path) -> TuningParts:
             "Restore the tokenizer and the configuration from the base model.",
         )
     return TuningParts(
-        language_model=_LANGUAGE_MODEL,
-        projector=(_PROJECTOR,),
-        vision_tower=_TOWER,
-        output_head=_HEAD,
+        language_model="model.language_model",
+        projector=("model.multi_modal_projector",),
+        vision_tower="model.vision_tower",
+        output_head="lm_head",
         vocabulary_size=count_token_rows(files, rows, additions=_ADDITIONS),
     )
 
@@ -66,13 +74,22 @@ def tuning_format(base: Path, *, max_length: int) -> TuningFormat:
     Raises:
         UserError: If tokenizer or processor are missing or follow another format.
     """
-    from transformers import AutoTokenizer
+    return format_of(resolve_config(base), base, max_length=max_length)
 
-    config = resolve_config(base)
+
+def format_of(config: Any, base: Path, *, max_length: int) -> TuningFormat:
+    """Return how samples of a LLaVA, or of a variant of it, are read.
+
+    Args:
+        config: Its configuration.
+        base: Its directory.
+        max_length: Longest sample in tokens.
+
+    Raises:
+        UserError: If tokenizer or processor are missing or follow another format.
+    """
     with failures_named(base, torch.device("cpu")):
-        tokenizer = AutoTokenizer.from_pretrained(
-            base, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = load_tokenizer(base)
     size = int(config.vision_config.image_size)
     return TuningFormat(
         encoder=LlavaConversations(tokenizer, max_length=max_length, where=str(base)),
@@ -81,40 +98,6 @@ def tuning_format(base: Path, *, max_length: int) -> TuningFormat:
         tokens_per_image=tokens_per_image(config),
         image_size=size,
     )
-
-
-def build_empty(base: Path) -> nn.Module:
-    """Return the model on the meta device."""
-    from transformers import LlavaForConditionalGeneration
-    from transformers.initialization import no_init_weights
-
-    with torch.device("meta"), no_init_weights():
-        model: Any = LlavaForConditionalGeneration(resolve_config(base))
-    # Weights that are one on loading are one here, and counted once.
-    model.tie_weights()
-    empty: nn.Module = model.eval()
-    return empty
-
-
-def load_for_tuning(
-    base: Path, *, dtype: str, device: str, quantization: object | None
-) -> nn.Module:
-    """Load the model, nothing of it trainable; see `MLLMTuner`.
-
-    Raises:
-        UserError: If the directory, the dtype or the device is not usable.
-    """
-    from transformers import LlavaForConditionalGeneration
-
-    model: nn.Module = load(
-        LlavaForConditionalGeneration,
-        base,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
-        unquantised=(_TOWER, _PROJECTOR, _HEAD),
-    )
-    return model
 
 
 def hidden_states(

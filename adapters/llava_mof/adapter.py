@@ -6,23 +6,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kuea_mllm.adapters.base import MLLMRuntime, Tap, TowerSlot, TuningFormat, TuningParts
+from kuea_mllm.adapters.base import Tap, TowerSlot
+from kuea_mllm.adapters.lazy import LazyAdapter, RuntimeClass, TunerModule
 from kuea_mllm.adapters.projector import ProjectorInput, projector_width
 from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import channel_values, check_complete, image_settings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 _MODEL_TYPE = "llava_mof"
 _PROJECTOR = "multi_modal_projector.linear_1.weight"
 
 
-class LlavaMofAdapter:
+class LlavaMofAdapter(LazyAdapter):
     """LLaVA-1.5 that reads CLIP and DINOv2 tokens mixed before its projector."""
 
     name = "llava_mof"
+    model_name = "LlavaMofForConditionalGeneration"
 
     def recognises(self, config: Mapping[str, object]) -> bool:
         """Say whether this is a configuration that `build` wrote."""
@@ -70,12 +72,11 @@ class LlavaMofAdapter:
         Raises:
             UserError: If the model has no such part.
         """
-        inner = getattr(model, "model", model)
-        tower: nn.Module | None = getattr(inner, "vision_tower", None)
-        if tower is None or not hasattr(inner, "expert_tower"):
+        tower = super().vision_module(model)
+        if not hasattr(getattr(model, "model", model), "expert_tower"):
             raise UserError(
-                f"a {type(model).__name__} has not both vision_tower and expert_tower; "
-                "the llava_mof adapter expects LlavaMofForConditionalGeneration."
+                f"a {type(model).__name__} has no expert_tower; "
+                f"the {self.name} adapter expects {self.model_name}."
             )
         return tower
 
@@ -97,69 +98,30 @@ class LlavaMofAdapter:
 
         build_mixture(source, destination, expert=tower, command=command)
 
-    def open_runtime(self, model_dir: Path, *, dtype: str, device: str) -> MLLMRuntime:
-        """Load a directory for answering questions.
+    def _model_class(self, base: Path) -> tuple[Any, Any]:
+        return model_class(base)
 
-        Raises:
-            UserError: If the directory, the dtype or the device is not usable.
-        """
-        self.check_base(model_dir)
-        self.tower_slot(model_dir)
-        from kuea_mllm.adapters.llava_mof.runtime import open_runtime
+    def _runtime(self) -> RuntimeClass:
+        from kuea_mllm.adapters.llava_mof.runtime import LlavaMofRuntime
 
-        return open_runtime(model_dir, dtype=dtype, device=device)
+        return LlavaMofRuntime
 
-    def tuning_parts(self, base: Path) -> TuningParts:
-        """Return where the parts are that tuning trains or leaves alone.
-
-        Raises:
-            UserError: If configuration and tokenizer do not say which rows stand for tokens.
-        """
+    def _tuner(self) -> TunerModule:
         from kuea_mllm.adapters.llava_mof import tuner
 
-        return tuner.tuning_parts(base)
+        return tuner
 
-    def tuning_format(self, base: Path, *, max_length: int) -> TuningFormat:
-        """Return LLaVA-1.5's conversation format and image preprocessing.
 
-        Raises:
-            UserError: If tokenizer or processor are missing or follow another format.
-        """
-        from kuea_mllm.adapters.llava_mof import tuner
+def model_class(model_dir: Path) -> tuple[Any, Any]:
+    """Return the model class of a directory, and its configuration.
 
-        return tuner.tuning_format(base, max_length=max_length)
+    Raises:
+        UserError: If the configuration is not of this kind, or not valid.
+    """
+    config = resolve_config(model_dir)
+    from kuea_mllm.adapters.llava_mof.modeling import LlavaMofForConditionalGeneration
 
-    def build_empty(self, base: Path) -> nn.Module:
-        """Return the model of a directory on the meta device."""
-        from kuea_mllm.adapters.llava_mof import tuner
-
-        return tuner.build_empty(base)
-
-    def load_for_tuning(
-        self, base: Path, *, dtype: str, device: str, quantization: object | None = None
-    ) -> nn.Module:
-        """Load a directory to be tuned.
-
-        Raises:
-            UserError: If the directory, the dtype or the device is not usable.
-        """
-        self.check_base(base)
-        self.tower_slot(base)
-        from kuea_mllm.adapters.llava_mof import tuner
-
-        return tuner.load_for_tuning(base, dtype=dtype, device=device, quantization=quantization)
-
-    def hidden_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return what the output layer reads, (rows, tokens, width)."""
-        from kuea_mllm.adapters.llava_mof import tuner
-
-        return tuner.hidden_states(model, batch)
-
-    def image_features(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        """Return what the language model gets of images, (images, tokens, width)."""
-        from kuea_mllm.adapters.llava_mof import tuner
-
-        return tuner.image_features(model, pixel_values)
+    return LlavaMofForConditionalGeneration, config
 
 
 def resolve_config(model_dir: Path) -> Any:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kuea_mllm.adapters.base import MLLMRuntime, Tap, TowerSlot, TuningFormat, TuningParts
+from kuea_mllm.adapters.base import Tap, TowerSlot
+from kuea_mllm.adapters.lazy import LazyAdapter, RuntimeClass, TunerModule
 from kuea_mllm.adapters.projector import ProjectorInput, projector_width
 from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import channel_values, check_complete, image_settings
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 MODEL_TYPE = "openflamingo"
 TOWER_MODULE = "model.vision_tower"
@@ -26,10 +24,11 @@ LANGUAGE_MODEL = "language_model"
 TOWER = "vision_tower"
 
 
-class OpenFlamingoAdapter:
+class OpenFlamingoAdapter(LazyAdapter):
     """OpenFlamingo-3B in the Hugging Face form of this package."""
 
     name = "openflamingo"
+    model_name = "OpenFlamingoForConditionalGeneration"
 
     def recognises(self, config: Mapping[str, object]) -> bool:
         """Say whether this is an OpenFlamingo configuration."""
@@ -60,21 +59,6 @@ class OpenFlamingoAdapter:
             std=channel_values(settings, "image_std", base),
             projector_width=projector_width(base, _PROJECTOR),
         )
-
-    def vision_module(self, model: nn.Module) -> nn.Module:
-        """Return the tower of a loaded OpenFlamingo.
-
-        Raises:
-            UserError: If the model has no such part.
-        """
-        inner = getattr(model, "model", model)
-        tower: nn.Module | None = getattr(inner, "vision_tower", None)
-        if tower is None:
-            raise UserError(
-                f"a {type(model).__name__} has no vision_tower; "
-                "the openflamingo adapter expects OpenFlamingoForConditionalGeneration."
-            )
-        return tower
 
     def import_released(
         self, source: Path, destination: Path, *, tower: str | None, command: str | None
@@ -167,69 +151,20 @@ class OpenFlamingoAdapter:
 
         export_released(source, destination)
 
-    def open_runtime(self, model_dir: Path, *, dtype: str, device: str) -> MLLMRuntime:
-        """Load an OpenFlamingo directory for answering questions.
+    def _model_class(self, base: Path) -> tuple[Any, Any]:
+        from kuea_mllm.adapters.openflamingo.modeling import OpenFlamingoForConditionalGeneration
 
-        Raises:
-            UserError: If the directory, the dtype or the device is not usable.
-        """
-        self.check_base(model_dir)
-        self.tower_slot(model_dir)
+        return OpenFlamingoForConditionalGeneration, resolve_config(base)
+
+    def _runtime(self) -> RuntimeClass:
         from kuea_mllm.adapters.openflamingo.runtime import OpenFlamingoRuntime
 
-        return OpenFlamingoRuntime.load(model_dir, dtype=dtype, device=device)
+        return OpenFlamingoRuntime
 
-    def tuning_parts(self, base: Path) -> TuningParts:
-        """Return where the parts are; LoRA goes into the language model's own layers alone.
-
-        Raises:
-            UserError: If tokenizer and configuration do not belong together.
-        """
+    def _tuner(self) -> TunerModule:
         from kuea_mllm.adapters.openflamingo import tuner
 
-        return tuner.tuning_parts(base)
-
-    def tuning_format(self, base: Path, *, max_length: int) -> TuningFormat:
-        """Return the format of visual questions and the model's image preprocessing.
-
-        Raises:
-            UserError: If the processor is missing, or samples would exceed the model's context.
-        """
-        from kuea_mllm.adapters.openflamingo import tuner
-
-        return tuner.tuning_format(base, max_length=max_length)
-
-    def build_empty(self, base: Path) -> nn.Module:
-        """Return the `OpenFlamingoForConditionalGeneration` of a directory on the meta device."""
-        from kuea_mllm.adapters.openflamingo import tuner
-
-        return tuner.build_empty(base)
-
-    def load_for_tuning(
-        self, base: Path, *, dtype: str, device: str, quantization: object | None = None
-    ) -> nn.Module:
-        """Load an OpenFlamingo directory to be tuned.
-
-        Raises:
-            UserError: If the directory, the dtype or the device is not usable.
-        """
-        self.check_base(base)
-        self.tower_slot(base)
-        from kuea_mllm.adapters.openflamingo import tuner
-
-        return tuner.load_for_tuning(base, dtype=dtype, device=device, quantization=quantization)
-
-    def hidden_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return what the output layer reads, (rows, tokens, width)."""
-        from kuea_mllm.adapters.openflamingo import tuner
-
-        return tuner.hidden_states(model, batch)
-
-    def image_features(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
-        """Return the latents that the text attends to, (images, latents, width)."""
-        from kuea_mllm.adapters.openflamingo import tuner
-
-        return tuner.image_features(model, pixel_values)
+        return tuner
 
 
 def resolve_config(model_dir: Path) -> Any:

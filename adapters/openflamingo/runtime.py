@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kuea_mllm.adapters.answering import describe_model, forget_stored_settings, memory_named
 from kuea_mllm.adapters.base import ChatRequest
 from kuea_mllm.adapters.choosing import candidate_tokens
-from kuea_mllm.adapters.generation import check_generation_options
+from kuea_mllm.adapters.generation import generation_options
 from kuea_mllm.adapters.loading import failures_named, load_model, resolve_device, resolve_dtype
 from kuea_mllm.adapters.openflamingo.processing import IMAGE_TAG, OpenFlamingoProcessor
 from kuea_mllm.adapters.openflamingo.ranking import rank_names, rank_names_as_released
 from kuea_mllm.adapters.openflamingo.released_beam import released_beam_search
-from kuea_mllm.errors import EnvironmentFailure, UserError
+from kuea_mllm.errors import UserError
 
 LOGGER = logging.getLogger("kuea_mllm")
 
@@ -41,13 +42,9 @@ class OpenFlamingoRuntime:
     """
 
     def __init__(self, model: Any, processor: OpenFlamingoProcessor) -> None:
-        from transformers import GenerationConfig
-
         self.model = model
         self.processor = processor
-        # A stored temperature or length would otherwise fill in what a call leaves open.
-        empty: Any = GenerationConfig
-        self.model.generation_config = empty()
+        forget_stored_settings(model)
         self._latents: OrderedDict[str, Tensor] = OrderedDict()
         self._shortened: set[int] = set()
 
@@ -152,16 +149,11 @@ class OpenFlamingoRuntime:
                 range.
             EnvironmentFailure: If the device runs out of memory.
         """
-        check_generation_options(max_new_tokens, num_beams, temperature, top_p)
+        options = generation_options(max_new_tokens, num_beams, temperature, top_p)
         if not prompts:
             return []
         config = self.model.config
         inputs = self.prepare(prompts, images, max_new_tokens)
-        options: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            options = {"do_sample": True, "temperature": temperature, "top_k": 0}
-            if top_p is not None:
-                options["top_p"] = top_p
         if num_beams > 1:
             options["length_penalty"] = length_penalty
             if released and length_penalty:
@@ -174,8 +166,6 @@ class OpenFlamingoRuntime:
         with self._memory_named(len(prompts)):
             output: Tensor = self.model.generate(
                 **inputs,
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
                 eos_token_id=config.endofchunk_token_id,
                 pad_token_id=config.endofchunk_token_id,
                 **options,
@@ -317,22 +307,13 @@ class OpenFlamingoRuntime:
             inputs["image_features"] = _stacked(rows)
         return inputs
 
-    @contextmanager
-    def _memory_named(self, count: int) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise EnvironmentFailure(
-                f"out of memory on {self.model.device} with a batch of {count}.",
-                "Choose a smaller --batch-size, a smaller dtype or a larger device.",
-            ) from error
+    def _memory_named(self, count: int) -> AbstractContextManager[None]:
+        return memory_named(self.model.device, f"with a batch of {count}")
 
     def describe(self) -> dict[str, Any]:
         """Say how the model runs."""
         return {
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": str(self.model.device),
-            "attention": self.model.config._attn_implementation,
+            **describe_model(self.model),
             "conversation": "Question:... Short answer:",
             "images": "resized with PIL and cropped to a square, then made RGB",
             "pads_to_square": False,

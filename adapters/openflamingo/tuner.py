@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from kuea_mllm.adapters.base import TuningFormat, TuningParts
 from kuea_mllm.adapters.loading import failures_named
-from kuea_mllm.adapters.loading import load_for_tuning as load
 from kuea_mllm.adapters.openflamingo.adapter import TOWER_MODULE, resolve_config
 from kuea_mllm.adapters.openflamingo.processing import (
     END_OF_CHUNK,
@@ -38,9 +37,6 @@ from kuea_mllm.adapters.turns import IGNORED, IMAGE_PLACEHOLDER, alternating_tur
 from kuea_mllm.adapters.vocabulary import count_token_rows, read_tokenizer_files
 from kuea_mllm.errors import DataError, UserError
 
-_LANGUAGE_MODEL = "model.language_model"
-_RESAMPLER = "model.resampler"
-_HEAD = "lm_head"
 _CROSS_ATTENTION = "cross_attention"
 _BETWEEN_ROUNDS = "\n"
 
@@ -131,10 +127,10 @@ def tuning_parts(base: Path) -> TuningParts:
     """
     rows = resolve_config(base).text_config.vocab_size
     return TuningParts(
-        language_model=_LANGUAGE_MODEL,
-        projector=(_RESAMPLER,),
+        language_model="model.language_model",
+        projector=("model.resampler",),
         vision_tower=TOWER_MODULE,
-        output_head=_HEAD,
+        output_head="lm_head",
         # All rows were in the softmax that the model was trained with, <image> and <PAD> included.
         vocabulary_size=count_token_rows(read_tokenizer_files(base), rows, additions=()),
         excluded=(_CROSS_ATTENTION,),
@@ -166,41 +162,6 @@ def tuning_format(base: Path, *, max_length: int) -> TuningFormat:
         tokens_per_image=1,
         image_size=processor.image_processor.image_size,
     )
-
-
-def build_empty(base: Path) -> nn.Module:
-    """Return the model on the meta device."""
-    from transformers.initialization import no_init_weights
-
-    from kuea_mllm.adapters.openflamingo.modeling import OpenFlamingoForConditionalGeneration
-
-    with torch.device("meta"), no_init_weights():
-        model: Any = OpenFlamingoForConditionalGeneration(resolve_config(base))
-    # Weights that are one on loading are one here, and counted once.
-    model.tie_weights()
-    empty: nn.Module = model.eval()
-    return empty
-
-
-def load_for_tuning(
-    base: Path, *, dtype: str, device: str, quantization: object | None
-) -> nn.Module:
-    """Load the model, nothing of it trainable; see `MLLMTuner`.
-
-    Raises:
-        UserError: If the directory, the dtype or the device is not usable.
-    """
-    from kuea_mllm.adapters.openflamingo.modeling import OpenFlamingoForConditionalGeneration
-
-    model: nn.Module = load(
-        OpenFlamingoForConditionalGeneration,
-        base,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
-        unquantised=(TOWER_MODULE, _RESAMPLER, _HEAD),
-    )
-    return model
 
 
 def hidden_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

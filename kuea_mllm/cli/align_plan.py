@@ -114,7 +114,7 @@ def _planned(
         notes.append(f"not on this machine: {', '.join(away)}.")
     plan = None
     if _value(recipe, "student.model") and _value(recipe, "teacher.model"):
-        from kuea_mllm.planning.cards import find_card
+        from kuea_mllm.cards import find_card
         from kuea_mllm.planning.fitting import ways_to_fit
         from kuea_mllm.planning.plan import plan_alignment
         from kuea_mllm.planning.text import plan_text

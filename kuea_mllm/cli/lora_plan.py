@@ -41,7 +41,7 @@ def print_dry_run(recipe: LoraRecipe, *, processes: int, json_output: bool) -> N
     resolved = recipe.resolved(processes=processes)
     plan: dict[str, Any] | None = None
     if resolved.model.path:
-        from kuea_mllm.planning.cards import find_card
+        from kuea_mllm.cards import find_card
         from kuea_mllm.planning.tuning import MIXTURE_SAMPLES, plan_tuning
         from kuea_mllm.planning.tuning_text import tuning_plan_text
 
@@ -85,9 +85,9 @@ def check_device_memory(recipe: LoraRecipe, *, processes: int) -> None:
 
     if not torch.cuda.is_available():
         return
+    from kuea_mllm.cards import card_or_device
     from kuea_mllm.errors import UserError
     from kuea_mllm.log import LOGGER
-    from kuea_mllm.planning.cards import card_or_device
     from kuea_mllm.planning.tuning import plan_tuning
     from kuea_mllm.planning.tuning_result import check_tuning_memory
 

@@ -9,7 +9,7 @@ import typer
 from kuea_mllm.cli.common import Json, SetOption, print_json, verb
 
 if TYPE_CHECKING:
-    from kuea_mllm.planning.cards import Card
+    from kuea_mllm.cards import Card
 
 
 @verb
@@ -63,8 +63,8 @@ def plan(
 
         typer.echo(f"{recipes_markdown()}\n{tuning_recipes_markdown()}", nl=False)
         return
+    from kuea_mllm.cards import find_card
     from kuea_mllm.config.recipes import kind_of
-    from kuea_mllm.planning.cards import find_card
 
     device = find_card(card)
     kind = kind_of(recipe)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kuea_mllm.cards import Card
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.errors import RecipeError
-from kuea_mllm.planning.cards import Card
 from kuea_mllm.planning.plan import plan_alignment
 from kuea_mllm.planning.result import AlignmentPlan
 

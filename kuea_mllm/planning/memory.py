@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from kuea_mllm.cards import GIB
 from kuea_mllm.config.align import AlignRecipe
-from kuea_mllm.planning.cards import GIB
 from kuea_mllm.planning.models_of_recipe import Models, patch_work, runs_original, runs_teachers
 from kuea_mllm.planning.result import MemoryPart
 from kuea_mllm.planning.towers import inference_peak, training_counts

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from kuea_mllm.cards import Card, find_card
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.errors import UserError
-from kuea_mllm.planning.cards import Card, find_card
 from kuea_mllm.planning.memory import device_memory
 from kuea_mllm.planning.models_of_recipe import (
     Models,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kuea_mllm.cards import GIB, Card
 from kuea_mllm.errors import UserError
-from kuea_mllm.planning.cards import GIB, Card
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,56 @@ class Hours:
         return self.training + self.targets
 
 
+class MemoryPlan:
+    """What every plan says of the memory of one device.
+
+    Attributes:
+        card: Kind of device.
+        memory: Its parts.
+        hours: How long the run takes; knows its total.
+    """
+
+    card: Card
+    memory: tuple[MemoryPart, ...]
+    hours: Any
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of one device."""
+        return sum(part.bytes for part in self.memory)
+
+    @property
+    def memory_gib(self) -> float:
+        """Memory of one device in GiB."""
+        return self.memory_bytes / GIB
+
+    @property
+    def fits(self) -> bool:
+        """Whether one device has that much."""
+        return self.memory_bytes <= self.card.memory_bytes
+
+    def too_large(self, what: str, device_total_bytes: int, remedy: str) -> UserError:
+        """Return the refusal of a run that needs more than a device has."""
+        largest = sorted(self.memory, key=lambda part: part.bytes, reverse=True)[:3]
+        shown = ", ".join(f"{part.name} {part.bytes / GIB:.1f}" for part in largest)
+        return UserError(
+            f"{what} needs about {self.memory_gib:.1f} GiB per device, the device has "
+            f"{device_total_bytes / GIB:.1f} GiB (largest parts in GiB: {shown}).",
+            remedy,
+        )
+
+    def _with_totals(self, content: dict[str, Any]) -> dict[str, Any]:
+        content |= {
+            "memory_bytes": self.memory_bytes,
+            "memory_gib": round(self.memory_gib, 2),
+            "fits": self.fits,
+        }
+        content["hours"]["total"] = self.hours.total
+        return content
+
+
 @dataclass(frozen=True)
-class AlignmentPlan:
+class AlignmentPlan(MemoryPlan):
     """What a run takes on given devices.
 
     Attributes:
@@ -78,31 +126,9 @@ class AlignmentPlan:
     checkpoint_bytes: int
     assumptions: tuple[str, ...]
 
-    @property
-    def memory_bytes(self) -> int:
-        """Memory of one device."""
-        return sum(part.bytes for part in self.memory)
-
-    @property
-    def memory_gib(self) -> float:
-        """Memory of one device in GiB."""
-        return self.memory_bytes / GIB
-
-    @property
-    def fits(self) -> bool:
-        """Whether one device has that much."""
-        return self.memory_bytes <= self.card.memory_bytes
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        derived = {
-            "memory_bytes": self.memory_bytes,
-            "memory_gib": round(self.memory_gib, 2),
-            "fits": self.fits,
-        }
-        content = asdict(self) | derived
-        content["hours"]["total"] = self.hours.total
-        return content
+        return self._with_totals(asdict(self))
 
 
 # The count adds up worst moments of its parts, which need not coincide.
@@ -119,11 +145,9 @@ def check_memory(plan: AlignmentPlan, device_total_bytes: int) -> None:
     """
     if plan.memory_bytes <= TOLERANCE * device_total_bytes:
         return
-    largest = sorted(plan.memory, key=lambda part: part.bytes, reverse=True)[:3]
-    shown = ", ".join(f"{part.name} {part.bytes / GIB:.1f}" for part in largest)
-    raise UserError(
-        f"the run needs about {plan.memory_gib:.1f} GiB per device, the device has "
-        f"{device_total_bytes / GIB:.1f} GiB (largest parts in GiB: {shown}).",
+    raise plan.too_large(
+        "the run",
+        device_total_bytes,
         f"Set runtime.micro_batch_size below {plan.micro_batch_size}, runtime.precision=bf16, "
         "targets.cache=true or runtime.gradient_checkpointing=true; `kuea-mllm plan` says which "
         "of them suffice. runtime.check_memory=false starts it all the same.",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from kuea_mllm.cards import CARDS, GIB, Card
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.config.recipes import ShippedRecipe, list_shipped, load_recipe
-from kuea_mllm.planning.cards import CARDS, GIB, Card
 from kuea_mllm.planning.fitting import Alternative
 from kuea_mllm.planning.plan import plan_alignment
 from kuea_mllm.planning.result import AlignmentPlan, Hours

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kuea_mllm.cards import Card, find_card
 from kuea_mllm.config.lora import LoraRecipe
 from kuea_mllm.errors import UserError
-from kuea_mllm.planning.cards import Card, find_card
 from kuea_mllm.planning.tuning_memory import (
     ModelSizes,
     Trained,
@@ -153,6 +153,7 @@ def _plan(
         frozen={
             "language model": sizes.linear + sizes.rest,
             "vision tower": sizes.tower,
+            **({"other encoders": sizes.other_encoders} if sizes.other_encoders else {}),
             "projector": 0 if trained.projector else sizes.projector,
         },
         trained={

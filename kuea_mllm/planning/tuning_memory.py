@@ -34,6 +34,7 @@ class ModelSizes:
         rest: Of the language model beside them, with embeddings and output layer.
         head: Of the output layer alone.
         tower: Of the vision tower.
+        other_encoders: Of encoders beside it.
         projector: Of the projector.
         layer: Of the largest decoder layer.
     """
@@ -44,13 +45,14 @@ class ModelSizes:
     rest: int
     head: int
     tower: int
+    other_encoders: int
     projector: int
     layer: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.linear + self.rest + self.tower + self.projector
+        return self.linear + self.rest + self.tower + self.other_encoders + self.projector
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,19 @@ def model_sizes(model: TunedModel) -> ModelSizes:
     empty, parts = model.build_empty(), model.parts
     linear = linear_targets(empty, parts)
     tower = _count(empty.get_submodule(parts.vision_tower))
-    projector = sum(_count(empty.get_submodule(path)) for path in parts.projector)
+    others, projector = (
+        sum(_count(empty.get_submodule(path)) for path in paths)
+        for paths in (parts.other_encoders, parts.projector)
+    )
     in_linear = sum(layer.weight.numel() for layer in linear.values())
     return ModelSizes(
         linear=in_linear,
         linear_rows=sum(layer.out_features for layer in linear.values()),
         linear_layers=len(linear),
-        rest=_count(empty) - tower - projector - in_linear,
+        rest=_count(empty) - tower - others - projector - in_linear,
         head=_count(empty.get_submodule(parts.output_head)),
         tower=tower,
+        other_encoders=others,
         projector=projector,
         layer=max(_count(layer) for layer in decoder_layers(empty, parts)),
     )
@@ -140,6 +146,7 @@ def tuning_memory(
         *_frozen_linear(recipe, sizes, wide),
         MemoryPart("rest of the LM", wide * sizes.rest, f"embeddings, norms, output layer, {name}"),
         MemoryPart("vision tower", wide * sizes.tower, f"frozen, {name}"),
+        *_other_encoders(sizes, wide, name),
         MemoryPart("originals", beside, f"projector as loaded, {name}; PEFT trains a copy"),
         MemoryPart("trained weights", 4 * trained.total, "LoRA and what else trains, float32"),
         MemoryPart("gradients", 4 * trained.total, "float32; the buckets of DDP are views of them"),
@@ -198,6 +205,11 @@ def _frozen_linear(recipe: LoraRecipe, sizes: ModelSizes, wide: int) -> list[Mem
         MemoryPart("language model", number // 2, "frozen linear layers, NF4"),
         MemoryPart("constants", constants, f"of NF4: 8 bits for {_BLOCK} weights, and of these"),
     ]
+
+
+def _other_encoders(sizes: ModelSizes, wide: int, name: str) -> list[MemoryPart]:
+    number = sizes.other_encoders
+    return [MemoryPart("other encoders", wide * number, f"frozen, {name}")] if number else []
 
 
 def _count(module: nn.Module) -> int:

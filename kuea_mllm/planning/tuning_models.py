@@ -107,6 +107,7 @@ def _known(name: str, entry: dict[str, Any]) -> TunedModel:
             vision_tower=entry["vision_tower"],
             output_head=entry["output_head"],
             excluded=tuple(entry["excluded"]),
+            other_encoders=tuple(entry.get("other_encoders", ())),
             vocabulary_size=entry["vocabulary_size"],
         ),
         tokens_per_image=entry["tokens_per_image"],

@@ -1,17 +1,13 @@
-"""One forward and backward pass of a model with LoRA layers, counted on tensors without data.
-
-It is the pass of `kuea_mllm.tuning`: tests/unit/planning/test_tuning_counts.py compares the two.
-"""
+"""One forward and backward pass of a tuning, counted on tensors without data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal
 
-import peft
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -19,14 +15,15 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 from kuea_mllm.adapters.base import MLLMTuner, TuningParts
 from kuea_mllm.adapters.targets import linear_targets
+from kuea_mllm.config.lora import LoraConfig
 from kuea_mllm.planning.counting import FusedKernels, PassCounts, count_pass
 from kuea_mllm.planning.tuning_models import TunedModel
+from kuea_mllm.planning.without_data import ImageTokens, UnpackedLinear, without_data
+from kuea_mllm.tuning.model import TuningModel
+from kuea_mllm.tuning.wrap import wrap_with_lora
 
 # Layers are alike, so bytes and FLOPs are affine in their number; three are enough that the worst
 # moments lie where they lie in a deep model.
@@ -95,104 +92,53 @@ def tuning_counts(
 
 
 def count_tuning_pass(
-    model: nn.Module,
-    tuner: MLLMTuner,
-    parts: TuningParts,
-    batch: Mapping[str, Tensor],
-    settings: PassSettings,
-    only: Only | None = None,
+    model: TuningModel, batch: Mapping[str, Tensor], *, only: Only | None = None
 ) -> PassCounts:
     """Count one pass of a model, on real or fake tensors.
 
     Args:
         model: From `prepare`.
-        tuner: Of its adapter.
-        parts: Where its parts are.
-        batch: What `MLLMTuner.hidden_states` takes; and `idle_pixel_values`, images of which only
-            the features are computed.
-        settings: Of the pass.
+        batch: What its forward takes.
         only: See `count_pass`.
     """
-    head: Any = model.get_submodule(parts.output_head)
-    # Every position predicts something: the most that a sample can ask for.
-    targets = torch.zeros(settings.rows * settings.tokens, dtype=torch.long)
-    inputs = {name: value for name, value in batch.items() if name != "idle_pixel_values"}
-
-    def loss() -> Tensor:
-        total = torch.zeros(())
-        if (idle := batch.get("idle_pixel_values")) is not None:
-            total = total + 0.0 * tuner.image_features(model, idle).float().sum()
-        hidden = tuner.hidden_states(model, inputs).flatten(0, 1)[torch.arange(len(targets))]
-        weight = head.weight[: parts.vocabulary_size]
-        for start in range(0, len(targets), settings.chunk):
-            rows = slice(start, start + settings.chunk)
-            total = total + checkpoint(
-                _cross_entropy,
-                hidden[rows],
-                weight,
-                targets[rows],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        return total
-
-    precision = "bf16" if settings.is_bf16 else "fp32"
-    return count_pass(model, [*batch.values(), targets], loss, precision=precision, only=only)
+    # The model turns autocast on by itself.
+    return count_pass(
+        model, list(batch.values()), lambda: model(**batch), precision="fp32", only=only
+    )
 
 
-def prepare(model: nn.Module, parts: TuningParts, settings: PassSettings) -> None:
-    """Freeze a model, put LoRA layers in and set what trains, all in place."""
-    model.to(torch.bfloat16 if settings.is_bf16 else torch.float32).requires_grad_(False)
-    found = linear_targets(model, parts, settings.targets)
+def prepare(
+    model: nn.Module, tuner: MLLMTuner, parts: TuningParts, settings: PassSettings
+) -> TuningModel:
+    """Make of a model what a tuning trains, in place.
+
+    Args:
+        model: Loaded or empty.
+        tuner: Of its adapter.
+        parts: Where its parts are.
+        settings: Of the pass.
+    """
+    dtype = torch.bfloat16 if settings.is_bf16 else torch.float32
+    model.to(dtype)
     if settings.quantised:
         for path, layer in linear_targets(model, parts).items():
             model.set_submodule(path, UnpackedLinear(layer))
-    config = peft.LoraConfig(
-        r=settings.rank,
-        lora_dropout=0.5 if settings.dropout else 0.0,
-        target_modules=list(found),
+    config = LoraConfig(
+        rank=settings.rank,
+        dropout=0.5 if settings.dropout else 0.0,
+        targets=None if settings.targets is None else list(settings.targets),
+        projector="train" if settings.trains_projector else "freeze",
+        train_lm_head=settings.trains_head,
     )
-    peft.inject_adapter_in_model(config, model)
-    whole = [*(parts.projector if settings.trains_projector else ())]
-    whole += [parts.output_head] if settings.trains_head else []
-    for path in whole:
-        model.get_submodule(path).requires_grad_(True)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    model.train()
+    wrapped = wrap_with_lora(model, parts, config, uses_autocast=settings.is_bf16)
+    trained = TuningModel(wrapped, tuner, parts, chunk=settings.chunk, autocast=dtype).train()
     if settings.checkpointing:
-        language: Any = model.get_submodule(parts.language_model)
+        language: Any = trained.inner.get_submodule(parts.language_model)
         enable = getattr(language, "activation_checkpointing_enable", None)
         (enable or language.gradient_checkpointing_enable)(
             {"use_reentrant": False, "context_fn": _contexts}
         )
-
-
-class UnpackedLinear(nn.Linear):
-    """A frozen layer whose weights are unpacked for every product, as bitsandbytes does it."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, layer.bias
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Compute the layer; keeps nothing for the backward pass."""
-        product: Any = _Unpacked.apply(input.to(self.weight.dtype), self.weight)
-        output: Tensor = product if self.bias is None else product + self.bias
-        return output
-
-
-class _Unpacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight = weight
-        return functional.linear(input, torch.empty_like(weight))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ torch.empty_like(ctx.weight), None
+    return trained
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -215,57 +161,23 @@ def _count(
 ) -> PassCounts:
     empty = model.build_empty()
     del decoder_layers(empty, model.parts)[depth:]
-    prepare(empty, model.parts, settings)
+    trained = prepare(empty, model.tuner, model.parts, settings)
     with FakeTensorMode():
-        _without_data(empty)
-        side = model.image_size
+        without_data(trained)
+        side, positions = model.image_size, settings.rows * settings.tokens
         pixels = torch.empty(settings.rows, 3, side, side)
-        ids = torch.empty(settings.rows, settings.tokens, dtype=torch.long)
-        count = partial(
-            count_tuning_pass, empty, model.tuner, model.parts, settings=settings, only=only
-        )
+        batch = {
+            "input_ids": torch.empty(settings.rows, settings.tokens, dtype=torch.long),
+            # Every position predicts something: the most that a sample can ask for.
+            "predicting": torch.empty(positions, dtype=torch.long),
+            "targets": torch.empty(positions, dtype=torch.long),
+        }
         try:
             with ImageTokens(settings.rows, model.tokens_per_image):
-                return count({"input_ids": ids, "pixel_values": pixels})
+                return count_tuning_pass(trained, batch | {"pixel_values": pixels}, only=only)
         except (DataDependentOutputException, DynamicOutputShapeException):
             # More than the number of image tokens is read off them: text and image apart, then.
-            return count({"input_ids": ids, "idle_pixel_values": pixels})
-
-
-class ImageTokens(TorchFunctionMode):
-    """Answer how many image tokens there are, which tensors without data cannot.
-
-    Args:
-        rows: Rows of the batch.
-        each: Image tokens in each of them.
-    """
-
-    def __init__(self, rows: int, each: int) -> None:
-        super().__init__()
-        self._rows, self._each = rows, each
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Replace reading a total, and the number of a row."""
-        if func is Tensor.__int__:
-            return self._rows * self._each
-        if func is Tensor.item:  # `tolist` of a tensor without data comes down to it
-            return self._each
-        return func(*args, **(kwargs or {}))
-
-
-def _without_data(model: nn.Module) -> None:
-    """Replace meta tensors by fake ones, which autocast and fused attention know."""
-    made: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
-    for module in model.modules():
-        for name, old in module.named_parameters(recurse=False):
-            if id(old) not in made:
-                empty = torch.empty(old.shape, dtype=old.dtype)
-                made[id(old)] = nn.Parameter(empty, requires_grad=old.requires_grad)
-            setattr(module, name, made[id(old)])
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+            return count_tuning_pass(trained, batch | {"idle_pixel_values": pixels}, only=only)
 
 
 def _period(layers: nn.ModuleList) -> int:
@@ -276,8 +188,3 @@ def _period(layers: nn.ModuleList) -> int:
         for period in range(1, len(sizes) + 1)
         if all(size == sizes[at % period] for at, size in enumerate(sizes))
     )
-
-
-def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = functional.linear(hidden, weight).float()
-    return functional.cross_entropy(logits, targets, reduction="sum")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kuea_mllm.errors import UserError
-from kuea_mllm.planning.cards import GIB, Card
-from kuea_mllm.planning.result import TOLERANCE, MemoryPart
+from kuea_mllm.cards import GIB, Card
+from kuea_mllm.planning.result import TOLERANCE, MemoryPart, MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class TuningOption:
 
 
 @dataclass(frozen=True)
-class TuningPlan:
+class TuningPlan(MemoryPlan):
     """What a tuning takes on given devices.
 
     Attributes:
@@ -105,30 +104,9 @@ class TuningPlan:
     choice: TuningOption | None = None
     reasons: tuple[str, ...] = ()
 
-    @property
-    def memory_bytes(self) -> int:
-        """Memory of one device."""
-        return sum(part.bytes for part in self.memory)
-
-    @property
-    def memory_gib(self) -> float:
-        """Memory of one device in GiB."""
-        return self.memory_bytes / GIB
-
-    @property
-    def fits(self) -> bool:
-        """Whether one device has that much."""
-        return self.memory_bytes <= self.card.memory_bytes
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        content = asdict(self) | {
-            "memory_bytes": self.memory_bytes,
-            "memory_gib": round(self.memory_gib, 2),
-            "fits": self.fits,
-        }
-        content["hours"]["total"] = self.hours.total
-        return content
+        return self._with_totals(asdict(self))
 
 
 def check_tuning_memory(plan: TuningPlan, device_total_bytes: int) -> None:
@@ -145,16 +123,14 @@ def check_tuning_memory(plan: TuningPlan, device_total_bytes: int) -> None:
     """
     if plan.memory_bytes <= TOLERANCE * device_total_bytes:
         return
-    largest = sorted(plan.memory, key=lambda part: part.bytes, reverse=True)[:3]
-    shown = ", ".join(f"{part.name} {part.bytes / GIB:.1f}" for part in largest)
     ways = [
         f"{' '.join(f'--set {s}' for s in option.settings)} ({option.gib:.1f} GiB)"
         for option in plan.options
         if option.settings and option.gib * GIB <= device_total_bytes
     ]
     advice = f"It would fit with {', or '.join(ways)}." if ways else "No setting here makes it fit."
-    raise UserError(
-        f"tuning {plan.model} needs about {plan.memory_gib:.1f} GiB per device, the device has "
-        f"{device_total_bytes / GIB:.1f} GiB (largest parts in GiB: {shown}).",
+    raise plan.too_large(
+        f"tuning {plan.model}",
+        device_total_bytes,
         f"{advice} runtime.check_memory=false starts it all the same.",
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from kuea_mllm.cards import GIB, Card
 from kuea_mllm.config.lora import LoraRecipe
 from kuea_mllm.config.recipes import list_shipped, load_recipe
-from kuea_mllm.planning.cards import GIB, Card
 from kuea_mllm.planning.text import SECOND, reference_hardware
 from kuea_mllm.planning.tuning import plan_tuning
 from kuea_mllm.planning.tuning_result import TuningOption, TuningPlan

@@ -47,9 +47,10 @@ class TuningModel(nn.Module):
         return inner
 
     def train(self, mode: bool = True) -> Self:
-        """Switch dropout of the LoRA layers; the tower stays as it answers questions."""
+        """Switch dropout of the LoRA layers; encoders stay as they answer questions."""
         super().train(mode)
-        self.inner.get_submodule(self.parts.vision_tower).eval()
+        for path in self.parts.encoders:
+            self.inner.get_submodule(path).eval()
         return self
 
     def forward(self, **batch: Tensor) -> Tensor:
@@ -63,6 +64,11 @@ class TuningModel(nn.Module):
         device = batch["input_ids"].device.type
         is_on = self.autocast != torch.float32
         with torch.autocast(device, self.autocast if is_on else torch.bfloat16, enabled=is_on):
+            idle = None
+            if "idle_pixel_values" in batch:
+                # The original sends a black image along, so that AdamW goes on moving the projector
+                # (its gradient is zero, not none) and no process waits for a missing gradient.
+                idle = self.tuner.image_features(self.inner, batch["idle_pixel_values"])
             inputs = {name: v for name, v in batch.items() if name not in _NOT_FOR_THE_MODEL}
             hidden = self.tuner.hidden_states(self.inner, inputs)
             head: Any = self.inner.get_submodule(self.parts.output_head)
@@ -75,9 +81,6 @@ class TuningModel(nn.Module):
                 batch["targets"],
                 chunk=self._chunk,
             )
-            if "idle_pixel_values" in batch:
-                # The original sends a black image along, so that AdamW goes on moving the projector
-                # (its gradient is zero, not none) and no process waits for a missing gradient.
-                idle = self.tuner.image_features(self.inner, batch["idle_pixel_values"])
+            if idle is not None:
                 loss = loss + 0.0 * idle.float().sum()
         return loss

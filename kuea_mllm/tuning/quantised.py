@@ -27,7 +27,7 @@ def quantization_config(
     from transformers import BitsAndBytesConfig
 
     make: Any = BitsAndBytesConfig
-    kept = [parts.vision_tower, *parts.projector, parts.output_head, *parts.excluded]
+    kept = [*parts.whole, *parts.excluded]
     if kind == "int8":
         return make(load_in_8bit=True, llm_int8_skip_modules=kept)
     return make(

@@ -20,9 +20,12 @@ from kuea_mllm.adapters.conformance import problems_of, tuner_problems_of
 from kuea_mllm.adapters.llava.adapter import LlavaAdapter
 from kuea_mllm.adapters.llava_mof.adapter import LlavaMofAdapter
 from kuea_mllm.errors import OutputError, TowerMismatch, UserError
+from kuea_mllm.planning.tuning_memory import model_sizes
+from kuea_mllm.planning.tuning_models import find_mllm
 from kuea_mllm.swapping import swap_tower_files
 from kuea_mllm.towers.load import load_tower
 from kuea_mllm.towers.save import save_tower
+from kuea_mllm.tuning.quantised import quantization_config
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHARED = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -156,6 +159,39 @@ def test_another_width_gets_a_map_that_is_trained_with_the_projector(
     assert model.model.expert_projection.weight.shape == (32, 40)
     tokens = model.model.image_tokens(pixels)
     assert tokens.shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize("kind", ["expert", "wide"])
+def test_plan_counts_both_encoders_of_the_loaded_model(
+    kind: str, tiny_llava: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = build(tiny_llava, request.getfixturevalue(kind), tmp_path / "mof")
+    found = find_mllm(base)
+    assert (found.adapter, found.tokens_per_image, found.image_size) == ("llava_mof", 16, 16)
+    sizes, real = model_sizes(found), load(base)
+
+    def count(*paths: str) -> int:
+        return sum(p.numel() for path in paths for p in real.get_submodule(path).parameters())
+
+    assert sizes.total == sum(parameter.numel() for parameter in real.parameters())
+    assert sizes.tower == count("model.vision_tower")
+    assert sizes.other_encoders == count("model.expert_tower")
+    assert sizes.projector == count("model.multi_modal_projector", "model.expert_projection")
+    assert sizes.linear + sizes.rest == count("model.language_model", "lm_head")
+
+
+def test_both_encoders_stay_as_they_are_in_a_quantised_tuning(
+    tiny_llava: Path, expert: Path, tmp_path: Path
+) -> None:
+    base = build(tiny_llava, expert, tmp_path / "mof")
+    parts = LlavaMofAdapter().tuning_parts(base)
+    config = quantization_config("nf4", parts, dtype=torch.float32)
+    assert {"model.vision_tower", "model.expert_tower"} <= set(config.llm_int8_skip_modules)
+    model: Any = LlavaMofAdapter().load_for_tuning(
+        base, dtype="float32", device="cpu", quantization=config
+    )
+    assert model.model.expert_tower.encoder.layer[0].mlp.fc1.weight.is_floating_point()
+    assert not model.model.language_model.layers[0].mlp.up_proj.weight.is_floating_point()
 
 
 def test_files_of_the_llava_are_kept_and_not_copied(

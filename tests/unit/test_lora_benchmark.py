@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,8 +38,9 @@ def test_both_variants_train_every_sample(
 ) -> None:
     torch.set_num_threads(1)
     trained: dict[str, int] = {"stock": 0, "ours": 0}
-    forward = benchmark.LlavaForConditionalGeneration.forward
-    hidden_states = benchmark.RandomLlava.hidden_states
+    adapter = importlib.import_module("lora_parts.models").RandomLlava
+    forward = LlavaForConditionalGeneration.forward
+    hidden_states = adapter.hidden_states
 
     # Wrapped, since the stock trainer looks at the arguments' names.
     @functools.wraps(forward)
@@ -46,17 +48,17 @@ def test_both_variants_train_every_sample(
         trained["stock"] += int(named["attention_mask"].sum())
         return forward(model, *given, **named)
 
-    def counted_too(adapter: Any, model: Any, batch: Any) -> Any:
+    def counted_too(own: Any, model: Any, batch: Any) -> Any:
         trained["ours"] += int(batch.get("attention_mask", torch.zeros(0)).sum())
         trained["ours"] += batch["input_ids"].numel() if "position_ids" in batch else 0
-        return hidden_states(adapter, model, batch)
+        return hidden_states(own, model, batch)
 
-    monkeypatch.setattr(benchmark.LlavaForConditionalGeneration, "forward", counted)
-    monkeypatch.setattr(benchmark.RandomLlava, "hidden_states", counted_too)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", counted)
+    monkeypatch.setattr(adapter, "hidden_states", counted_too)
     given = ["--rounds=1", "--samples=8", "--json", *(["--packing"] if packing else [])]
     benchmark.main(given)
     found = json.loads(capsys.readouterr().out)
-    _, tokens = benchmark.mixture_lengths(8, max_length=128, image_tokens=16)
+    _, tokens = _lengths(8, max_length=128, image_tokens=16)
     assert trained["stock"] == 2 * tokens.sum()
     # Packed rows of one micro-batch are filled up to the longest.
     assert trained["ours"] >= 2 * tokens.sum()
@@ -68,7 +70,7 @@ def test_both_variants_train_every_sample(
 
 
 def test_synthetic_mixture_has_the_shares_of_its_sources(benchmark: Any) -> None:
-    lengths, tokens = benchmark.mixture_lengths(20_000, max_length=2048, image_tokens=576)
+    lengths, tokens = _lengths(20_000, max_length=2048, image_tokens=576)
     assert float((lengths < 0).mean()) == pytest.approx(40_688 / 665_298, abs=0.01)
     assert tokens.max() == 2048
     assert tokens[lengths > 0].min() > 576
@@ -80,10 +82,14 @@ def test_padding_table_is_what_the_orders_give(
 ) -> None:
     benchmark.main(["--padding", "--samples=3000"])
     found = json.loads(capsys.readouterr().out)
-    _, tokens = benchmark.mixture_lengths(3000, max_length=2048, image_tokens=576)
+    _, tokens = _lengths(3000, max_length=2048, image_tokens=576)
     shuffled = tokens[np.random.default_rng(1).permutation(3000)][: 4 * 750].reshape(750, 4)
     expected = 1 - tokens.sum() / (4 * shuffled.max(axis=1)).sum()
     assert found["padding"]["4"]["random"] == pytest.approx(expected)
     packing = found["packing"]
     assert packing["filled"] == pytest.approx(tokens.sum() / (2048 * packing["rows"]))
     assert packing["rows"] >= tokens.sum() / 2048
+
+
+def _lengths(count: int, **settings: Any) -> Any:
+    return importlib.import_module("lora_parts.samples").mixture_lengths(count, **settings)

@@ -14,12 +14,12 @@ from kuea_mllm.planning.counting import FusedKernels, count_pass, count_saved_by
 from kuea_mllm.planning.tuning_models import TunedModel
 from kuea_mllm.planning.tuning_pass import (
     PassSettings,
-    UnpackedLinear,
     _count,
     count_tuning_pass,
     prepare,
     tuning_counts,
 )
+from kuea_mllm.planning.without_data import UnpackedLinear
 from kuea_mllm.training.memory import recompute_activations
 from kuea_mllm.tuning.model import TuningModel
 from kuea_mllm.tuning.wrap import wrap_with_lora
@@ -72,13 +72,40 @@ SETTINGS = PassSettings(
     is_bf16=True,
 )
 
-# transformers writes the causal mask out for tensors without data, one byte for each pair; and the
-# plan makes the list of positions that the trainer's batch brings along.
-MASK = 2 * 64 * 64 + 8 * 2 * 64 + 64
+# transformers writes the causal mask out for tensors without data, one byte for each pair.
+MASK = 2 * 64 * 64 + 64
 
 
-def real_model():
-    model = MODEL.build_empty().to_empty(device="cpu")
+# With a second encoder beside the tower, of another width and patch size.
+MIXED = TunedModel(
+    "tiny mixed",
+    "llava_mof",
+    json.dumps(
+        CONFIG
+        | {
+            "model_type": "llava_mof",
+            "expert_config": {
+                "model_type": "dinov2",
+                "hidden_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 24,
+                "patch_size": 4,
+            },
+        }
+    ),
+    replace(
+        PARTS,
+        projector=(*PARTS.projector, "model.expert_projection"),
+        other_encoders=("model.expert_tower",),
+    ),
+    tokens_per_image=16,
+    image_size=32,
+)
+
+
+def real_model(known=MODEL):
+    model = known.build_empty().to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     for module in model.modules():  # position ids and rotary frequencies
@@ -91,13 +118,17 @@ def real_model():
 def real_batch():
     ids = torch.zeros(2, 64, dtype=torch.long)
     ids[:, 3:19] = 90
-    return {"input_ids": ids, "pixel_values": torch.zeros(2, 3, 32, 32)}
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.zeros(2, 3, 32, 32),
+        "predicting": torch.arange(128),
+        "targets": torch.zeros(128, dtype=torch.long),
+    }
 
 
-def real_counts(settings):
-    model = real_model()
-    prepare(model, PARTS, settings)
-    return count_tuning_pass(model, MODEL.tuner, PARTS, real_batch(), settings)
+def real_counts(settings, known=MODEL):
+    model = prepare(real_model(known), known.tuner, known.parts, settings)
+    return count_tuning_pass(model, real_batch())
 
 
 @pytest.mark.parametrize("is_bf16", [True, False], ids=["bf16", "fp32"])
@@ -108,20 +139,23 @@ def test_counts_without_data_are_those_of_a_real_pass(is_bf16, checkpointing):
     assert planned == pytest.approx(real, rel=0.01, abs=MASK)
 
 
+def test_second_encoder_is_counted_as_a_real_pass_has_it():
+    planned = asdict(tuning_counts(MIXED, SETTINGS))
+    assert planned == pytest.approx(asdict(real_counts(SETTINGS, MIXED)), rel=0.01, abs=MASK)
+    assert planned["forward_flops"] > tuning_counts(MODEL, SETTINGS).forward_flops
+
+
 @pytest.mark.parametrize("is_bf16", [True, False], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all kept"])
 def test_counted_pass_is_that_of_the_trainer_s_model(is_bf16, checkpointing):
     settings = replace(SETTINGS, is_bf16=is_bf16, checkpointing=checkpointing, dropout=False)
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     config = LoraConfig(rank=4, dropout=0.0, projector="train")
-    wrapped = wrap_with_lora(real_model().to(dtype), PARTS, config)
+    wrapped = wrap_with_lora(real_model().to(dtype), PARTS, config, uses_autocast=is_bf16)
     trained = TuningModel(wrapped, MODEL.tuner, PARTS, chunk=32, autocast=dtype).train()
     if checkpointing:
         recompute_activations(trained.inner.get_submodule(PARTS.language_model))
-    batch = real_batch() | {
-        "predicting": torch.arange(128),
-        "targets": torch.zeros(128, dtype=torch.long),
-    }
+    batch = real_batch()
     real = count_pass(trained, list(batch.values()), lambda: trained(**batch), precision="fp32")
     assert asdict(tuning_counts(MODEL, settings)) == pytest.approx(asdict(real), rel=0.01, abs=MASK)
 
@@ -129,11 +163,11 @@ def test_counted_pass_is_that_of_the_trainer_s_model(is_bf16, checkpointing):
 @pytest.mark.parametrize("is_bf16", [True, False], ids=["bf16", "fp32"])
 def test_bytes_kept_are_what_saved_tensor_hooks_see(is_bf16):
     settings = replace(SETTINGS, is_bf16=is_bf16, checkpointing=False)
-    model, batch = real_model(), real_batch()
-    prepare(model, PARTS, settings)
+    model = prepare(real_model(), MODEL.tuner, PARTS, settings)
+    batch = {name: real_batch()[name] for name in ("input_ids", "pixel_values")}
 
     def loss():
-        return MODEL.tuner.hidden_states(model, batch).float().square().sum()
+        return MODEL.tuner.hidden_states(model.inner, batch).float().square().sum()
 
     precision = "bf16" if is_bf16 else "fp32"
     saved = count_saved_bytes(model, loss, precision=precision)

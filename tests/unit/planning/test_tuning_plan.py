@@ -1,13 +1,14 @@
 """What a tuning takes at the true sizes, and which way to run it is chosen."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from kuea_mllm.cards import CARDS, GIB, card_or_device
 from kuea_mllm.config.lora import LoraConfig, LoraRecipe
 from kuea_mllm.config.recipes import load_recipe
 from kuea_mllm.errors import UserError
-from kuea_mllm.planning.cards import CARDS, GIB, card_or_device
 from kuea_mllm.planning.tuning import check_tuning_memory, plan_tuning
 from kuea_mllm.planning.tuning_memory import model_sizes, moment_bytes, trained_sizes
 from kuea_mllm.planning.tuning_models import find_mllm, known_mllms
@@ -29,6 +30,17 @@ def test_true_7b_trains_the_published_number_of_parameters():
     )
     assert (trained.lora, trained.lora_modules, trained.projector) == (319_815_680, 224, 20_979_712)
     assert model_sizes(LLAVA_7B).total == 7_063_427_072
+
+
+def test_true_mixture_has_dinov2_beside_the_7b():
+    mixture = known_mllms()["llava-1.5-7b-mof"]
+    sizes, plain = model_sizes(mixture), model_sizes(LLAVA_7B)
+    assert sizes == replace(plain, other_encoders=304_368_640)
+    plan = plan_tuning(recipe(**{"model.path": "llava-1.5-7b-mof"}), compare=False)
+    assert plan.frozen["other encoders"] == 304_368_640
+    more = plan.memory_gib - plan_tuning(recipe(), compare=False).memory_gib
+    # Both encoders are 1024 wide, so what is tuned is the same: DINOv2 itself, in bfloat16.
+    assert more * GIB == pytest.approx(2 * 304_368_640, rel=0.1)
 
 
 def test_peft_makes_as_many_parameters_of_a_true_layer():
