@@ -31,6 +31,7 @@ from kuea_mllm.evaluation.statistics import (
     require_statistic,
     standard_error,
 )
+from kuea_mllm.evaluation.targets import right_answers
 
 PROTOCOL = "lmms-eval"
 NO_JUDGE = "no judge was given (--judge-url, --judge-model)"
@@ -163,8 +164,10 @@ def build_column(
         "missing": missing,
         "breakdown": {},
         "samples": f"samples/{file_name(name)}.jsonl",
+        # Of lmms-eval's own targets: tasks may write into the documents while they score.
         "dataset_fingerprint": fingerprint_rows(rows),
     }
+    rows = _show_right_answers(rows, samples, task.get_config("doc_to_target"))
     if scores.is_paired:
         # lmms-eval's own number stands, which tasks round.
         entry = {**score_column(Column(entry, rows)).entry, "score": score}
@@ -261,6 +264,16 @@ def _build_rows(
             )
         )
     return rows
+
+
+def _show_right_answers(
+    rows: Sequence[SampleRow], samples: Sequence[Mapping[str, Any]], rule: object
+) -> list[SampleRow]:
+    shown = []
+    for row, sample in zip(rows, samples, strict=True):
+        answers = right_answers(sample["doc"], sample["target"], rule)
+        shown.append(row if answers is None else replace(row, target=answers))
+    return shown
 
 
 def _missing_judgements(items: Sequence[Any]) -> str | None:

@@ -16,6 +16,7 @@ from kuea_mllm.evaluation.resampling import LEVEL
 from kuea_mllm.evaluation.results import load_results
 from kuea_mllm.evaluation.same_test import (
     pair_warnings,
+    require_one_kind,
     require_same_settings,
     require_same_test,
     shared_tasks,
@@ -132,8 +133,10 @@ def compare_systems(
     for candidate in candidates:
         pairs = pair_runs(baseline, candidate)
         runs = [*baseline.runs, *candidate.runs]
-        require_same_settings(runs)
+        # What differs most is named first: runs of other suites differ in much else besides.
+        require_one_kind(runs)
         tasks = shared_tasks(runs, common_only=common_only)
+        require_same_settings(runs)
         for task in tasks:
             require_same_test(task, pairs)
         plans.append((candidate, pairs, tasks))

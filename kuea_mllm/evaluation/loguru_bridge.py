@@ -11,6 +11,9 @@ from typing import Any
 
 from kuea_mllm.log import LOGGER
 
+# About the format of lmms-eval's own task files: nobody who runs them can do anything about it.
+_ONLY_LOGGED = ("A task YAML file was found to contain a `group` key.",)
+
 
 def import_lmms_eval() -> None:
     """Import lmms-eval (about 20 s the first time), without the warnings of its dependencies."""
@@ -23,7 +26,7 @@ def import_lmms_eval() -> None:
 
 @contextmanager
 def lmms_log(path: Path) -> Iterator[None]:
-    """Write lmms-eval's log of the block to `path`; pass warnings on to our logger.
+    """Write lmms-eval's log of the block to `path`; pass warnings on to our logger, each once.
 
     lmms-eval logs through loguru, to standard output, where results may be piped from.
     """
@@ -32,7 +35,7 @@ def lmms_log(path: Path) -> Iterator[None]:
     logger.remove()
     sinks = [
         logger.add(path, level="DEBUG", format="{time} {level} {name} {message}", encoding="utf-8"),
-        logger.add(_forward, level="WARNING", format="{message}"),
+        logger.add(_Forwarder(), level="WARNING", format="{message}"),
     ]
     try:
         yield
@@ -41,6 +44,17 @@ def lmms_log(path: Path) -> Iterator[None]:
             logger.remove(sink)
 
 
-def _forward(message: Any) -> None:
-    level = logging.ERROR if message.record["level"].no >= logging.ERROR else logging.WARNING
-    LOGGER.log(level, "lmms-eval: %s", str(message).strip())
+class _Forwarder:
+    """Hands messages to our logger: errors all of them, a warning when it is new."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, message: Any) -> None:
+        """Take one message; called by loguru."""
+        text = str(message).strip()
+        if message.record["level"].no >= logging.ERROR:
+            LOGGER.error("lmms-eval: %s", text)
+        elif text not in self._said and not text.startswith(_ONLY_LOGGED):
+            self._said.add(text)
+            LOGGER.warning("lmms-eval: %s", text)

@@ -10,11 +10,23 @@ from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.results import Results
 from kuea_mllm.evaluation.systems import setting
 
+EVALUATION, PROBE = "eval", "probe"
+"""The two verbs whose results can be compared, each with its own kind."""
+
+# The suites of `probe` begin so; the results of both verbs are alike otherwise.
+_PROBE_SUITE = "probe-"
+
 _SAME_FILES = "They did not take the same test: evaluate both with the same task files and data."
+_SAME_PROTOCOL = "Evaluate both with the same --protocol."
+# What differs between probes has other causes.
+_REMEDIES_OF_PROBES = {
+    _SAME_FILES: "They did not take the same test: probe both with the same recipe and data.",
+    _SAME_PROTOCOL: "Probe both with the same --compat.",
+}
 
 # What makes two columns different tests: its name in the message and what to do.
 _MUST_AGREE = {
-    "protocol": ("protocols", "Evaluate both with the same --protocol."),
+    "protocol": ("protocols", _SAME_PROTOCOL),
     "version": ("task versions", _SAME_FILES),
     "metric": ("metrics", _SAME_FILES),
     "filter": ("answer filters", _SAME_FILES),
@@ -33,6 +45,26 @@ _FEWSHOT = ("compat", "demonstrations", "length_penalty")
 _JUDGE = ("model", "temperature", "prompt")
 
 
+def run_kind(run: Results) -> str:
+    """Return the verb that results are of."""
+    return PROBE if str(setting(run, "suite") or "").startswith(_PROBE_SUITE) else EVALUATION
+
+
+def require_one_kind(runs: Sequence[Results]) -> None:
+    """Refuse results of models beside results of towers.
+
+    Raises:
+        EvaluationError: Naming one of each.
+    """
+    for first, second in pairwise(runs):
+        if run_kind(first) != run_kind(second):
+            raise EvaluationError(
+                f"{first.path} holds results of `kuea-mllm {run_kind(first)}`, {second.path} of "
+                f"`kuea-mllm {run_kind(second)}`: they have nothing to compare.",
+                "Compare evaluations of models with each other, and probes of towers likewise.",
+            )
+
+
 def require_same_settings(runs: Sequence[Results]) -> None:
     """Refuse runs with other limits or other few-shot protocols.
 
@@ -45,13 +77,14 @@ def require_same_settings(runs: Sequence[Results]) -> None:
             ("limit_seed", "seeds of the limit", "--limit-seed"),
         ):
             values = setting(first, key), setting(second, key)
-            if values[0] != values[1]:
+            # Runs that ask everything may have been given a seed, which then decides nothing.
+            if values[0] != values[1] and (key == "limit" or setting(first, "limit") is not None):
                 _refuse(
                     "the two runs",
                     name,
                     (first, values[0]),
                     (second, values[1]),
-                    f"Evaluate both with the same {flag}, or both without.",
+                    f"{_verb(first)} both with the same {flag}, or both without.",
                 )
         fewshot = [run.summary.get("fewshot") or {} for run in (first, second)]
         for key in _FEWSHOT if all(fewshot) else ():
@@ -71,22 +104,26 @@ def shared_tasks(runs: Sequence[Results], *, common_only: bool) -> list[str]:
 
     Raises:
         EvaluationError: If a run has others too and `common_only` is not set, if one column was
-            asked by two protocols, or if nothing is shared.
+            asked by two protocols, or if nothing is shared (naming the suites, if they differ).
     """
     shared = [task for task in runs[0].columns if all(task in run.columns for run in runs)]
     lonely = {str(run.path): [task for task in run.columns if task not in shared] for run in runs}
+    if not shared:
+        _require_one_protocol(runs)
+        _require_one_suite(runs)
     if any(lonely.values()) and not common_only:
         _require_one_protocol(runs)
         texts = [f"{', '.join(tasks)} only in {path}" for path, tasks in lonely.items() if tasks]
         raise EvaluationError(
             f"the two runs have different columns: {'; '.join(texts)}.",
-            "Evaluate the missing tasks too, or pass --common-only to leave them out.",
+            "Evaluate the missing tasks too, or pass --common-only to leave them out."
+            if run_kind(runs[0]) == EVALUATION
+            else "Probe the missing data sets too, or pass --common-only to leave them out.",
         )
     if not shared:
-        _require_one_protocol(runs)
         raise EvaluationError(
             f"results {' and '.join(str(run.path) for run in runs)} have no column in common.",
-            "Evaluate both models on the same tasks.",
+            f"{_verb(runs[0])} both {_subjects(runs[0])}.",
         )
     return shared
 
@@ -176,6 +213,29 @@ def _require_one_protocol(runs: Sequence[Results]) -> None:
                 )
 
 
+def _require_one_suite(runs: Sequence[Results]) -> None:
+    """Say that suites differ, where that is why nothing is shared."""
+    for first, second in pairwise(runs):
+        suites = setting(first, "suite"), setting(second, "suite")
+        if suites[0] != suites[1]:
+            _refuse(
+                "the two runs",
+                "suites, and no column in common",
+                (first, suites[0]),
+                (second, suites[1]),
+                f"{_verb(first)} both with the same --suite.",
+            )
+
+
+def _verb(run: Results) -> str:
+    return "Probe" if run_kind(run) == PROBE else "Evaluate"
+
+
+def _subjects(run: Results) -> str:
+    is_probe = run_kind(run) == PROBE
+    return "towers on the same data sets" if is_probe else "models on the same tasks"
+
+
 def _refuse(
     subject: str, name: str, first: tuple[Results, Any], second: tuple[Results, Any], remedy: str
 ) -> None:
@@ -183,5 +243,5 @@ def _refuse(
     raise EvaluationError(
         f"{subject} have different {name}: {value!r} in {one.path / 'summary.json'}, "
         f"{value_there!r} in {other.path / 'summary.json'}.",
-        remedy,
+        _REMEDIES_OF_PROBES.get(remedy, remedy) if run_kind(one) == PROBE else remedy,
     )

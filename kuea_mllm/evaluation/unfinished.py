@@ -183,7 +183,7 @@ def open_unfinished(
 ) -> Iterator[Unfinished]:
     """Create or reopen the unfinished evaluation of an output; remove it when the block succeeds.
 
-    A block that fails leaves it if an answer is kept, and nothing at all otherwise.
+    A block that fails leaves it if work is kept, and nothing at all otherwise.
 
     Raises:
         OutputError: If another process works on it.
@@ -213,14 +213,14 @@ def _opened(
             raise _lies_there(path)
         is_resumed = resume and _holds_work(path)
         if resume and not is_resumed:
-            LOGGER.info("%s holds no answer: starting from the beginning.", path)
+            LOGGER.info("%s holds no work yet: starting from the beginning.", path)
         if is_resumed:
             # Before data sets are read or images embedded under the wrong recipe.
             _require_same_recipe(path, identity)
         try:
             if not is_resumed:
                 _empty(path)
-            remedy = "Free some space and run it again, with --resume if answers were kept."
+            remedy = "Free some space and run it again, with --resume if work was kept."
             with disk_errors_named(path, remedy=remedy):
                 yield is_resumed
             _empty(path)
@@ -228,10 +228,10 @@ def _opened(
         except BaseException:
             if _holds_work(path):
                 LOGGER.warning(
-                    "Kept in %s: finished columns: %d, and what was done of the next one. "
-                    "Go on with --resume.",
+                    "Kept in %s: finished columns: %d%s. Go on with --resume.",
                     path,
                     finished_columns(path),
+                    ", and what was done of another" if _is_begun(path) else "",
                 )
             else:
                 shutil.rmtree(path, ignore_errors=True)
@@ -240,8 +240,12 @@ def _opened(
 
 
 def _holds_work(path: Path) -> bool:
-    is_begun = holds_answers(path / ANSWERS) or any(path.glob(f"{WORK}/*/[!.]*"))
-    return finished_columns(path) > 0 or is_begun
+    return finished_columns(path) > 0 or _is_begun(path)
+
+
+def _is_begun(path: Path) -> bool:
+    """Say whether work of a column is kept that is not finished."""
+    return holds_answers(path / ANSWERS) or any(path.glob(f"{WORK}/*/[!.]*"))
 
 
 def fingerprint_files(model_dir: Path) -> str:

@@ -73,8 +73,8 @@ def _write_several(
     candidates = [_directories(pair, "candidate", None) for pair in pairs]
     report = several_report(
         comparisons=pairs,
-        baseline=_summary(baselines[0]),
-        candidates=[_summary(directories[0]) for directories in candidates],
+        baselines=[_summary(directory) for directory in baselines],
+        candidates=[[_summary(one) for one in directories] for directories in candidates],
         extra_sections=extra_sections,
         provenance=[
             *_named("baseline results", baselines),

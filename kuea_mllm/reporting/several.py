@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kuea_mllm.reporting import rows
@@ -36,8 +37,8 @@ from kuea_mllm.reporting.view import ColumnView, ComparisonView, parse_compariso
 def several_report(
     *,
     comparisons: Sequence[Mapping[str, Any]],
-    baseline: Mapping[str, Any],
-    candidates: Sequence[Mapping[str, Any]],
+    baselines: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Sequence[Mapping[str, Any]]],
     extra_sections: Sequence[Section] = (),
     provenance: Sequence[tuple[str, str]] = (),
 ) -> Report:
@@ -45,8 +46,8 @@ def several_report(
 
     Args:
         comparisons: JSON form of each candidate's comparison with the baseline.
-        baseline: `summary.json` of the baseline.
-        candidates: `summary.json` of the candidates, in the order of `comparisons`.
+        baselines: `summary.json` of the baseline, one for each seed.
+        candidates: The same of each candidate, in the order of `comparisons`.
         extra_sections: Sections before the settings.
         provenance: Pairs of name and value.
 
@@ -54,11 +55,14 @@ def several_report(
         EvaluationError: If a comparison is not complete.
     """
     views = [parse_comparison(comparison) for comparison in comparisons]
-    models = [
-        (views[0].baseline, baseline),
-        *[(view.candidate, summary) for view, summary in zip(views, candidates, strict=True)],
+    systems = [
+        (views[0].baseline, baselines),
+        *[(view.candidate, runs) for view, runs in zip(views, candidates, strict=True)],
     ]
     figures = score_figure_blocks(*view_series(views))
+    repeated = ", ".join(f"{name} ({len(runs)})" for name, runs in systems if len(runs) > 1)
+    means = f"Mean over the runs of a model, where it has several: {repeated}." if repeated else ""
+    firsts = f"Of the first run of a model, where it has several: {repeated}." if repeated else ""
     found = [
         Section(
             "Scores",
@@ -75,8 +79,8 @@ def several_report(
             ],
             [Section("All models in one picture", figures)] if figures else [],
         ),
-        paper_section([OwnScores(name, [summary]) for name, summary in models]),
-        groups_section([(name, [summary]) for name, summary in models]),
+        _noted(paper_section([OwnScores(name, runs) for name, runs in systems]), means),
+        _noted(groups_section(systems), means),
         Section(
             "Each candidate",
             sections=[
@@ -84,8 +88,8 @@ def several_report(
             ],
         ),
         *extra_sections,
-        asked_section(models),
-        Section("The models", models_blocks(models)),
+        _noted(asked_section([(name, runs[0]) for name, runs in systems]), firsts),
+        Section("The models", models_blocks(_each_run(systems))),
         Section("Where this comes from", [KeyValues(provenance)]) if provenance else None,
     ]
     return Report(
@@ -95,6 +99,23 @@ def several_report(
         summary=[Bullets([f"{view.candidate}: {headline(view)}" for view in views])],
         sections=[section for section in found if section is not None],
     )
+
+
+def _noted(section: Section | None, note: str) -> Section | None:
+    """Begin a section by saying which runs its numbers are of."""
+    if section is None or not note:
+        return section
+    return replace(section, blocks=[Paragraph(note, "note"), *section.blocks])
+
+
+def _each_run(
+    systems: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+) -> list[tuple[str, Mapping[str, Any]]]:
+    return [
+        (name if len(runs) == 1 else f"{name}, run {number}", run)
+        for name, runs in systems
+        for number, run in enumerate(runs, start=1)
+    ]
 
 
 def differences_table(views: Sequence[ComparisonView]) -> Table:

@@ -20,6 +20,7 @@ from kuea_mllm.reporting.text import (
 VERDICTS = ("better", "worse", "cannot tell")
 NOT_TESTED = "not tested"
 MISSING = "missing"
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,14 @@ class ComparisonView:
     @property
     def notes(self) -> list[str]:
         """What is to be kept in mind about single rows: few images, seeds that disagree."""
-        return grouped((row.task, row.note) for row in self.rows if row.note)
+        counts = Counter(column.note for column in self.columns)
+        noted: dict[tuple[str, str], None] = {}
+        for number, row in enumerate(self.rows):
+            # All columns by name would be a list that says nothing.
+            is_shared = number < len(self.columns) == counts[row.note] > _MOST_NAMED
+            about = f"all {len(self.columns)} columns" if is_shared else row.task
+            noted.setdefault((about, row.note))
+        return grouped((about, note) for about, note in noted if note)
 
     @property
     def level_text(self) -> str:

@@ -49,7 +49,7 @@ def result_columns(job: Job, found: JobColumns) -> list[ResultColumn]:
     Raises:
         EvaluationError: If the score of a column does not follow from its rows.
     """
-    return [_result_column(job, column, found.root) for column in found.columns]
+    return [_result_column(job, column, found) for column in found.columns]
 
 
 def write_columns(
@@ -72,10 +72,10 @@ def write_columns(
     return {str(column.entry["task"]): column.entry for column in columns}
 
 
-def _result_column(job: Job, column: ProbeColumn, root: str) -> ResultColumn:
+def _result_column(job: Job, column: ProbeColumn, found: JobColumns) -> ResultColumn:
     task = f"probe_{column.suite}_{slug(column.name)}".replace("-", "_")
     require_statistic(column.statistic, task)
-    rows = [_sample_row(row, root) for row in column.rows]
+    rows = [_sample_row(row, found.root) for row in column.rows]
     if not rows:
         raise EvaluationError(f"column {column.name} has no rows.")
     outcomes = Outcomes.of_rows(column.statistic, rows)
@@ -104,6 +104,7 @@ def _result_column(job: Job, column: ProbeColumn, root: str) -> ResultColumn:
         "stderr": standard_error(measure) or None,
         "higher_is_better": True,
         "n": len(rows),
+        **_sizes(job, found),
         "failed": 0,
         "clusters": outcomes.cluster_count,
         "paired": True,
@@ -123,6 +124,18 @@ def _result_column(job: Job, column: ProbeColumn, root: str) -> ResultColumn:
     return ResultColumn(entry, rows)
 
 
+def _sizes(job: Job, found: JobColumns) -> dict[str, Any]:
+    """Say how large the published data set is, and the one that lies here."""
+    *training, scored = found.sizes or (None,)
+    return {
+        "dataset": job.data.name,
+        "documents": job.data.documents,
+        "documents_found": scored,
+        "train_documents": job.data.train_documents if training else None,
+        "train_documents_found": training[0] if training else None,
+    }
+
+
 def _sample_row(row: ProbeRow, root: str) -> SampleRow:
     score = row.score
     extra: dict[str, Any] = {}
@@ -140,10 +153,19 @@ def _sample_row(row: ProbeRow, root: str) -> SampleRow:
         score=score,
         failed=False,
         group=row.group,
-        # Members of archives are no files; of those, a picture is only there if one was kept.
-        image=row.image if row.image is not None and Path(row.image).is_file() else None,
+        image=_picture_file(row.image),
         **extra,
     )
+
+
+def _picture_file(name: str | None) -> str | None:
+    """Return the whole path of a picture, for reports that are made in another folder.
+
+    Members of archives are no files; of those, a picture is only there if one was kept.
+    """
+    if name is None or not Path(name).is_file():
+        return None
+    return str(Path(name).absolute())
 
 
 def _relative(name: str, root: str) -> str:

@@ -44,13 +44,18 @@ class FakeTask:
 
 
 def column_of(
-    task: FakeTask, items: Sequence[Any], score: float | None, metric: str = "accuracy"
+    task: FakeTask,
+    items: Sequence[Any],
+    score: float | None,
+    metric: str = "accuracy",
+    document: dict[str, Any] | None = None,
+    target: Any = "t",
 ) -> Column:
     samples = [
         {
             "doc_id": number,
-            "doc": {},
-            "target": "t",
+            "doc": document or {},
+            "target": target,
             "arguments": ["q"],
             "resps": [["a"]],
             metric: item,
@@ -176,3 +181,38 @@ def test_mistakes_in_the_metadata_are_named() -> None:
     ):
         with pytest.raises(EvaluationError, match=message):
             column_kind("t", FakeTask({"accuracy": max}, 1, metadata={"kuea": kuea}))
+
+
+@pytest.mark.parametrize(
+    ("document", "rule", "shown"),
+    [
+        # TextVQA and VQAv2 of lmms-eval.
+        ({"answers": ["red", "dark red", "red"]}, "answer", "red | dark red"),
+        ({"answers": [{"answer": "2", "answer_id": 1}, {"answer": "2"}]}, "answer", "2"),
+        ({"gts": [3, 4]}, "gt", "3 | 4"),
+        ({"answer": "yes"}, "answers", "yes"),
+        # No name of a field that is missing.
+        ({"answer": "answer", "answers": ["no"]}, "answer", "answer"),
+        ({"answers": ["no"]}, "the answer", "the answer"),
+        # Nothing there that could be shown.
+        ({"answers": []}, "answer", "answer"),
+        ({"answers": [{"text": "no"}]}, "answer", "answer"),
+        ({"question": "what?"}, "answer", "answer"),
+    ],
+)
+def test_right_answers_are_shown_where_the_target_is_the_name_of_no_field(
+    document: dict[str, Any], rule: str, shown: str
+) -> None:
+    task = FakeTask({"accuracy": max}, 2, doc_to_target=rule)
+    column = column_of(task, [1.0, 0.0], 0.5, document=document, target=rule)
+    assert [row.target for row in column.rows] == [shown, shown]
+    plain = column_of(FakeTask({"accuracy": max}, 2), [1.0, 0.0], 0.5, target=rule)
+    # Results of other versions stay comparable, and nothing is scored by what is shown.
+    assert column.entry == plain.entry
+
+
+def test_target_that_lmms_eval_knows_is_shown_as_it_is() -> None:
+    task = FakeTask({"accuracy": max}, 1, doc_to_target="answers")
+    document = {"answers": ["red", "red"]}
+    column = column_of(task, [1.0], 1.0, document=document, target=["red", "red"])
+    assert column.rows[0].target == '["red", "red"]'

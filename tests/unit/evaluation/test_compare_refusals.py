@@ -13,6 +13,7 @@ from kuea_mllm.evaluation.compare import compare_results
 from kuea_mllm.evaluation.results import load_results, write_rows
 from kuea_mllm.evaluation.systems import load_systems
 from kuea_mllm.io import read_json, write_json
+from kuea_mllm.workflows.probe_results import SUITE_PREFIX
 
 
 @pytest.mark.parametrize(
@@ -117,9 +118,63 @@ def test_other_versions_are_said(tmp_path: Path) -> None:
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    before = write_results(tmp_path / "a", {"pope": scores_of(20, 10)})
+    limited = {"limit": 9}
+    before = write_results(tmp_path / "a", {"pope": scores_of(20, 10)}, settings=limited)
+    changes = limited | changes
     after = write_results(tmp_path / "b", {"pope": scores_of(20, 10)}, settings=changes)
     with pytest.raises(EvaluationError, match=message):
+        compare_results(before, after)
+
+
+def test_seed_of_a_limit_is_nothing_without_a_limit(tmp_path: Path) -> None:
+    before = write_results(tmp_path / "a", {"x": scores_of(20, 9)}, settings={"limit_seed": 0})
+    after = write_results(tmp_path / "b", {"x": scores_of(20, 10)})
+    assert list(compare_results(before, after, resamples=200).columns) == ["x"]
+
+
+def test_evaluation_is_not_compared_with_a_probe(tmp_path: Path) -> None:
+    settings = {"suite": "probe-zero-shot", "limit": 9}
+    probe = write_results(tmp_path / "a", {"CIFAR10": scores_of(4, 2)}, settings=settings)
+    evaluation = write_results(tmp_path / "b", {"pope": scores_of(4, 2)})
+    for pair, message in (
+        ((probe, evaluation), r"/a holds results of `kuea-mllm probe`, .*/b of `kuea-mllm eval`"),
+        ((evaluation, probe), r"/b holds results of `kuea-mllm eval`, .*/a of `kuea-mllm probe`"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            compare_results(*pair, common_only=True)
+
+
+def test_suites_and_columns_are_named_before_limits(tmp_path: Path) -> None:
+    here = {"suite": "probe-zero-shot"}
+    there = {"suite": "probe-linear", "limit": 9}
+    first = write_results(tmp_path / "a", {"x": scores_of(4, 2)}, settings=here)
+    second = write_results(tmp_path / "b", {"y": scores_of(4, 2)}, settings=there)
+    with pytest.raises(
+        EvaluationError, match=r"(?s)suites, and no .* 'probe-zero-shot' in .*Probe both .*--suite"
+    ):
+        compare_results(first, second)
+    both = {"x": scores_of(4, 2), "z": scores_of(4, 2)}
+    third = write_results(tmp_path / "c", both, settings=here | {"limit": 9})
+    with pytest.raises(EvaluationError, match=r"(?s)z only in .*/c.*Probe the missing data sets"):
+        compare_results(first, third)
+    with pytest.raises(EvaluationError, match=r"(?s)different limits: None .*Probe both .*--limit"):
+        compare_results(first, third, common_only=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"protocol": "released"}, r"different protocols: 'lmms-eval' in .*same --compat"),
+        ({"version": "2"}, r"different task versions: .*probe both with the same recipe and data"),
+    ],
+)
+def test_remedies_of_probes_name_what_probe_has(
+    tmp_path: Path, column: dict[str, Any], message: str
+) -> None:
+    settings = {"suite": f"{SUITE_PREFIX}zero-shot"}
+    before = write_results(tmp_path / "a", {"x": scores_of(9, 5)}, settings=settings)
+    after = write_results(tmp_path / "b", {"x": scores_of(9, 5)}, settings=settings, column=column)
+    with pytest.raises(EvaluationError, match=f"(?s){message}"):
         compare_results(before, after)
 
 

@@ -63,6 +63,29 @@ def test_finished_columns_survive_and_success_removes_the_directory(tmp_path: Pa
     assert not unfinished_path(out).exists()
 
 
+def test_what_is_kept_is_told_in_words_that_fit_every_verb(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop_in(out: Path, *, is_begun: bool) -> str:
+        caplog.clear()
+        with (
+            pytest.raises(KeyboardInterrupt),
+            open_unfinished(out, IDENTITY, resume=False, restart=False) as unfinished,
+        ):
+            unfinished.claim("model")
+            finish(unfinished, "a", "b")
+            if is_begun:
+                unfinished.work("c").mkdir(parents=True)
+                write_json(unfinished.work("c") / "epoch.json", {})
+            raise KeyboardInterrupt
+        return caplog.messages[-1]
+
+    kept = stop_in(tmp_path / "x", is_begun=False)
+    assert kept.endswith("x.unfinished: finished columns: 2. Go on with --resume.")
+    kept = stop_in(tmp_path / "y", is_begun=True)
+    assert kept.endswith("columns: 2, and what was done of another. Go on with --resume.")
+
+
 def test_restart_drops_finished_columns(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_after(out, "a")

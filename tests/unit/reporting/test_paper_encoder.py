@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kuea_mllm.reporting.blocks import Table
+from kuea_mllm.reporting.blocks import Paragraph, Table
 from kuea_mllm.reporting.paper import OwnScores, paper_section
 from kuea_mllm.reporting.paper_encoder import encoder_tables, paper_model
 
@@ -69,6 +69,30 @@ def test_our_scores_stand_above_those_of_the_same_tower() -> None:
     # Table 14's first and last rows are rows of Table 1.
     assert "paper, Table 14: ViT-L-14 100%" not in rows
     assert not any("ViT-B-16" in label for label in rows)
+
+
+def caution_of(*summaries: dict[str, Any]) -> str:
+    section = paper_section([OwnScores("mine", summaries)])
+    assert section is not None
+    [caution] = [block for block in section.blocks if isinstance(block, Paragraph)]
+    return str(caution.text)
+
+
+def test_data_sets_of_another_size_are_named_once() -> None:
+    sizes = {
+        "CIFAR10": {"documents": 10_000, "documents_found": 60},
+        "DTD": {"documents": 1880, "documents_found": 1880},
+        "svhn": {"documents": 9, "documents_found": 9, "train_documents": 8},
+    }
+    sizes["svhn"]["train_documents_found"] = 7
+    summary = make_summary(dict.fromkeys(sizes, 50.0))
+    for name, known in sizes.items():
+        summary["columns"][name] |= {"dataset": name, **known}
+    told = "data sets are not of the published size here"
+    named = f"{told}: CIFAR10 (60 of 10,000), svhn (7 of 8 to train on);"
+    assert named in caution_of(summary, summary)
+    # Results of earlier versions do not say.
+    assert told not in caution_of(make_summary({"CIFAR10": 50.0}))
 
 
 def test_unknown_tower_is_set_beside_all() -> None:

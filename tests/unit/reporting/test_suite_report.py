@@ -131,6 +131,39 @@ def test_several_candidates_share_one_table(other_texts: dict[str, str]) -> None
     assert headings(other_texts["several"])[0] == "Scores"
 
 
+def test_several_candidates_are_shown_by_the_mean_of_their_seeds(
+    world: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    _, candidate, comparison = world
+    task, part = "kuea_paper_pope", "popular"
+    runs = [candidate, tmp_path / "second"]
+    runs[1].mkdir()
+    summary = json.loads((candidate / "summary.json").read_text())
+    entry = summary["columns"][task]
+    scores = [entry["breakdown"][part], entry["score"]]
+    entry["breakdown"][part] = scores[0] - 0.5
+    entry["score"] = scores[1] - 0.5
+    (runs[1] / "summary.json").write_text(json.dumps(summary))
+    seeded = json.loads(json.dumps(comparison))
+    seeded["candidate"] |= {"label": "seeded", "runs": [{"path": str(run)} for run in runs]}
+    several = {"kind": "comparisons", "schema_version": 1, "pairs": [comparison, seeded]}
+    write_comparison_report(tmp_path / "several.html", comparison=several)
+    page = Page((tmp_path / "several.html").read_text(encoding="utf-8"))
+    (row,) = [row for row in page.cells if row[0] == f"pope: {part}"]
+    assert float(row[2]) - float(row[3]) == pytest.approx(25, abs=0.02)
+    ours = {row[0]: row for row in page.cells if row[0].endswith("(ours)")}
+    (place,) = {row.index("pope") for row in page.cells if row[0] == "Model" and "pope" in row}
+    gap = float(ours[f"{candidate.name} (ours)"][place]) - float(ours["seeded (ours)"][place])
+    assert gap == pytest.approx(25, abs=0.02)
+    assert page.text.count("Mean over the runs of a model, where it has several: seeded (2).") == 2
+    assert "Of the first run of a model, where it has several: seeded (2)." in page.text
+    assert "seeded, run 2" in page.text
+
+
+def test_one_run_of_each_model_is_no_mean(other_texts: dict[str, str]) -> None:
+    assert "where it has several" not in Page(other_texts["several"]).text
+
+
 def test_one_model_shows_wrong_answers_first(other_texts: dict[str, str]) -> None:
     page = Page(other_texts["one"])
     assert page.text.count("Wrong or partly wrong") > 5

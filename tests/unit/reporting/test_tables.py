@@ -93,6 +93,15 @@ def test_note_that_columns_share_is_said_once() -> None:
     assert text.count("interval is rough") == 1
 
 
+def test_note_on_all_columns_does_not_list_them() -> None:
+    note = "nothing changed."
+    columns = [make_column(name, note=note) for name in "abcd"]
+    text = " ".join(render(tables.comparison_text(make_comparison(*columns))).split())
+    assert text.count("Note: all 4 columns: nothing changed.") == text.count("changed.") == 1
+    text = " ".join(render(tables.comparison_text(make_comparison(*columns[:3]))).split())
+    assert "Note: Nothing changed (a, b, c)." in text
+
+
 def test_columns_that_lack_a_score_for_one_reason_are_named_together() -> None:
     columns = [
         make_column(name, paired=False, missing="no judge", reason="x") for name in ("wild", "coco")
