@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kuea_mllm.cards import CARDS, GIB
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.config.recipes import load_recipe
 from kuea_mllm.errors import TowerError, UserError
-from kuea_mllm.cards import CARDS, GIB
 from kuea_mllm.planning.counting import count_saved_bytes
 from kuea_mllm.planning.models import Architecture, find_architecture, known_architectures
 from kuea_mllm.planning.plan import plan_alignment, plan_for_recipe
