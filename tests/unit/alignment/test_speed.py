@@ -6,8 +6,8 @@ from torch import nn
 
 from kuea_mllm.alignment.speed import measure_utilisation, update_flops
 from kuea_mllm.alignment.targets import LiveTargets
-from kuea_mllm.features import Features
 from kuea_mllm.cards import card_of_device
+from kuea_mllm.features import Features
 from kuea_mllm.towers.spec import CLIP_MEAN, CLIP_STD, TowerSpec
 
 SPEC = TowerSpec(
