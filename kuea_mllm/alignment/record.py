@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from kuea_mllm.alignment.inputs import AlignmentInputs
-from kuea_mllm.manifest import SCHEMA_VERSION, current_command, library_versions, utc_now
+from kuea_mllm.manifest import (
+    SCHEMA_VERSION,
+    current_command,
+    library_versions,
+    named_source,
+    utc_now,
+)
 
 
 def describe_run(
@@ -23,7 +29,7 @@ def describe_run(
     configs = (recipe.teacher, *recipe.extra_teachers)
     teachers = [
         {
-            "reference": str(config.model),
+            **named_source(str(config.model)),
             "fingerprint": teacher.fingerprint,
             "readout": config.readout,
             "normalisation": config.normalisation,
@@ -35,7 +41,7 @@ def describe_run(
         "schema_version": SCHEMA_VERSION,
         "kind": "tower",
         "base_tower": {
-            "reference": str(recipe.student.model),
+            **named_source(str(recipe.student.model)),
             "revision": recipe.student.revision,
             "layout": student.layout,
             "fingerprint": inputs.base_fingerprints["float32"],

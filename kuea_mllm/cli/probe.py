@@ -239,7 +239,7 @@ def _print_plan(how: Probing, towers: Sequence[str], *, json_output: bool) -> No
         UserError: If something is missing or incomplete; what was planned is printed before.
     """
     from kuea_mllm.probing.datasets.open import locate
-    from kuea_mllm.workflows.probe_suites import job_inputs, require_data
+    from kuea_mllm.workflows.probe_suites import open_all, require_data
 
     entries = []
     for job in how.jobs:
@@ -267,9 +267,7 @@ def _print_plan(how: Probing, towers: Sequence[str], *, json_output: bool) -> No
             )
     require_data(how.jobs, how.place.data)
     subjects = [how.open(tower) for tower in towers]
-    if how.place.data is not None:
-        for job in how.jobs:
-            job_inputs(job, subjects[0], how.place)
+    open_all(how.jobs, subjects[0], how.place)
     if not json_output:
         what = "Towers" if how.place.data is None else "Towers and data sets"
         typer.echo(f"{what} can be opened.")

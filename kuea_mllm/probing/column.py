@@ -25,7 +25,8 @@ class ProbeRow:
         score: 1 or 0 for right or wrong, any number for soft scores; None where only the corpus
             has a score (macro recall: see `counts`).
         group: Pattern, class or category that the score is also reported by.
-        image: Path of the picture (or `shard.tar!member`), for reports that show it.
+        image: Path of the picture (or `shard.tar!member`), for reports that show it; relative if
+            the folder of the data was given so.
         counts: For statistics over a corpus: class name -> [true positives, positives].
     """
 

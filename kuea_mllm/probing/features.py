@@ -217,7 +217,7 @@ def _require_finite(rows: Features, images: ImageSource, first: int, how: Extrac
     raise TowerError(
         f"the embedding of image {images.name(first + bad)} holds NaN or infinity ({how.dtype}).",
         "Compute in float32 (--dtype float32); if it stays, the weights are damaged: "
-        "`kuea-mllm inspect TOWER`.",
+        "`kuea-mllm convert TOWER --inspect`.",
     )
 
 

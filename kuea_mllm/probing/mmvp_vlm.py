@@ -71,11 +71,13 @@ class MmvpVlm:
         source: Where it lies.
         pairs: In the order of the file.
         images: Two for each pair, in the same order.
+        total: Pairs of the file, of which a limit may have left only some.
     """
 
     source: str
     pairs: tuple[Pair, ...]
     images: PathImages
+    total: int
 
     @property
     def prompts(self) -> list[str]:
@@ -98,6 +100,7 @@ def open_mmvp_vlm(folder: Path, *, limit: int | None = None) -> MmvpVlm:
     """
     path = folder / QUESTIONS_FILE
     pairs = _read_pairs(path)
+    total = len(pairs)
     if limit is not None and limit < len(pairs):
         chosen = np.linspace(0, len(pairs) - 1, limit).round().astype(int).tolist()
         pairs = [pairs[index] for index in chosen]
@@ -114,7 +117,8 @@ def open_mmvp_vlm(folder: Path, *, limit: int | None = None) -> MmvpVlm:
                     "Fetch the whole data set MMVP/MMVP_VLM; one file for each id.",
                 )
             names.append(found[0])
-    return MmvpVlm(str(folder), tuple(pairs), PathImages(folder, names, named_by=str(path)))
+    images = PathImages(folder, names, named_by=str(path))
+    return MmvpVlm(str(folder), tuple(pairs), images, total)
 
 
 def probe_mmvp_vlm(

@@ -12,6 +12,7 @@ from torch import Tensor
 from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.io import read_json
 from kuea_mllm.log import LOGGER
+from kuea_mllm.manifest import recorded_source
 from kuea_mllm.towers import checkpoints
 from kuea_mllm.towers.load import load_tower
 from kuea_mllm.towers.text_half import TOKENIZER_FILES
@@ -164,7 +165,7 @@ def require_recorded(
     known.discard(None)
     if not known:
         return
-    reference = str(start["reference"])
+    reference = recorded_source(start)
     is_file = Path(reference).is_file()
     found = load_tower(
         reference,
@@ -188,7 +189,7 @@ def _find(tower: Tower, base: str | None) -> tuple[str, str | None, str]:
         return tower.source, None, "the tower's own weights"
     last = None
     for start in _ancestors(tower.manifest):
-        reference, revision = str(start["reference"]), start["revision"]
+        reference, revision = recorded_source(start), start["revision"]
         try:
             path = checkpoints.resolve_source(reference, revision=revision, also=TOKENIZER_FILES)
         except TowerError as error:
@@ -221,6 +222,6 @@ def _ancestors(record: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
             return
         revision = start.get("revision")
         yield {**start, "revision": revision if isinstance(revision, str) else None}
-        path = Path(reference) / "kuea.json"
+        path = Path(recorded_source(start)) / "kuea.json"
         content = read_json(path) if path.is_file() else None
         record = content if isinstance(content, Mapping) else None

@@ -21,7 +21,7 @@ from kuea_mllm.data.source import ImageSource, read_image
 from kuea_mllm.data.transforms import resizable, to_channels_first
 from kuea_mllm.errors import DataError
 from kuea_mllm.probing.datasets.content import sample_checksums
-from kuea_mllm.probing.datasets.dataset import SomeImages
+from kuea_mllm.probing.datasets.dataset import SomeImages, total_count
 
 Flags = NDArray[np.bool_]
 
@@ -45,6 +45,8 @@ waterdrops|window-blind|window-other|wood"""
 COCO_STUFF_CLASSES = tuple(_NAMES.replace("\n", "").split("|"))
 """Names of the classes by number; 183 with "unlabeled", which is number 0."""
 
+_YEAR = "2017"
+# Of pictures and of label maps; a split may be called with its year or without.
 _IMAGE_FOLDERS = ("images/{split}2017", "{split}2017", "images/{split}", "{split}")
 _LABEL_FOLDERS = (
     "annotations/{split}2017",
@@ -70,6 +72,11 @@ class LabelledPictures:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def total(self) -> int:
+        """Pictures of the whole split, of which a limit may have left only some."""
+        return total_count(self.images)
 
     def name(self, index: int) -> str:
         """Return the name of a picture, which its label map shares."""
@@ -143,7 +150,7 @@ def open_coco_stuff(folder: Path, split: str) -> LabelledPictures:
 
     Args:
         folder: Folder of both.
-        split: "train" or "val".
+        split: "train" or "val", with its year or without.
 
     Raises:
         DataError: If one of the folders is missing, or a picture has no label map; names it.
@@ -228,7 +235,8 @@ def _cut(picture: Image.Image) -> Image.Image:
 
 
 def _find(folder: Path, choices: tuple[str, ...], split: str, what: str) -> Path:
-    tried = [folder / choice.format(split=split) for choice in choices]
+    name = split.removesuffix(_YEAR)
+    tried = [folder / choice.format(split=name) for choice in choices]
     for path in tried:
         if path.is_dir():
             return path

@@ -40,7 +40,7 @@ from kuea_mllm.probing.patch_tally import Tally, join, tally
 TASKS: tuple[Task, ...] = ("local", "global")
 _LOG_EVERY = 100
 _FREE = frozenset(("workers", "device", "selection"))  # what no training depends on
-_DAMAGED = "The tower's weights are damaged: `kuea-mllm inspect TOWER`."
+_DAMAGED = "The tower's weights are damaged: `kuea-mllm convert TOWER --inspect`."
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.io import read_json
+from kuea_mllm.manifest import recorded_source
 from kuea_mllm.probing.distilled import HeadedTower, holds_heads, load_headed_tower
 from kuea_mllm.probing.embedder import ImageEmbedder, PixelRule
 from kuea_mllm.probing.partner import require_recorded
@@ -116,7 +117,13 @@ def load_projection(
     weight = _read_weight(directory / WEIGHTS_FILE)
     start = manifest["base_tower"]
     revision = start.get("revision") if base is None else None
-    clip = load_tower(base or start["reference"], revision=revision)
+    reference = base or recorded_source(start)
+    try:
+        clip = load_tower(reference, revision=revision)
+    except TowerError as error:
+        if base is not None:
+            raise
+        raise _cannot_open("base_tower", directory, error, "--base") from error
     if clip.fingerprint != start["fingerprint"]:
         raise TowerMismatch(
             f"{clip.source} is not the CLIP that {directory} was fitted for: its fingerprint is "
@@ -146,7 +153,7 @@ def load_projection(
         rule=rule,
         description=f"{loaded.source} mapped into the space of {clip.source} ({directory})",
     )
-    reference, activation = base or str(start["reference"]), _activation(clip.spec)
+    activation = _activation(clip.spec)
     return Projection(embedder, reference, revision, activation, found_by, manifest)
 
 
@@ -155,9 +162,12 @@ def _load_heads(source: str | Path, base: str | None, found_by: str) -> Projecti
     start, spec = record["base_tower"], cast(HeadedTower, embedder.module).encoder.spec
     activation = _activation(spec)
     if base is None:
-        require_recorded(start, str(source), activation=activation, heads=spec.heads)
+        try:
+            require_recorded(start, str(source), activation=activation, heads=spec.heads)
+        except TowerError as error:
+            raise _cannot_open("base_tower", Path(source), error, "--base") from error
     revision = start.get("revision") if base is None else None
-    reference = base or str(start["reference"])
+    reference = base or recorded_source(start)
     return Projection(embedder, reference, revision, activation, found_by, record)
 
 
@@ -194,14 +204,19 @@ def _load_teacher(
     std: tuple[float, float, float],
     directory: Path,
 ) -> Teacher:
-    teacher = load_teacher(
-        instead or str(record["reference"]),
-        readout=record["readout"],
-        normalisation=record["normalisation"],
-        student_mean=mean,
-        student_std=std,
-        image_size=record["image_size"],
-    )
+    try:
+        teacher = load_teacher(
+            instead or recorded_source(record),
+            readout=record["readout"],
+            normalisation=record["normalisation"],
+            student_mean=mean,
+            student_std=std,
+            image_size=record["image_size"],
+        )
+    except TowerError as error:
+        if instead is not None:
+            raise
+        raise _cannot_open("teacher", directory, error, "--teacher") from error
     if teacher.fingerprint != record["fingerprint"]:
         raise TowerMismatch(
             f"teacher {teacher.source} is not the one that {directory} was fitted for (another "
@@ -209,3 +224,12 @@ def _load_teacher(
             "Give --teacher: the model that kuea.json names, in the same version.",
         )
     return teacher
+
+
+def _cannot_open(key: str, directory: Path, error: TowerError, option: str) -> TowerError:
+    """Say whose record led to a model that cannot be opened, and what takes its place."""
+    return TowerError(
+        f"key {key}.reference of {directory / 'kuea.json'} names a model that cannot be opened: "
+        f"{error.problem}",
+        f"Give {option}: where it lies by now.",
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from kuea_mllm.errors import DataError, TowerError
 from kuea_mllm.probing.column import ProbeColumn, ProbeRow, percent
 from kuea_mllm.probing.datasets.dataset import ProbeDataset
 from kuea_mllm.probing.embedder import CUT_CAPTIONS
+from kuea_mllm.probing.kept_vectors import kept_vectors
 from kuea_mllm.probing.partner import TextPartner
 from kuea_mllm.probing.zero_shot import describe_dataset
 
@@ -50,6 +52,7 @@ def probe_retrieval(
     name: str | None = None,
     recall_at: Sequence[int] = RECALL_AT,
     faults: Sequence[str] = (),
+    cache: Path | None = None,
     details: dict[str, Any] | None = None,
 ) -> list[ProbeColumn]:
     """Find captions of images (I2T) and images of captions (T2I).
@@ -62,6 +65,7 @@ def probe_retrieval(
         recall_at: Values of k; one column for each and for each direction.
         faults: Of the released code; `cut_captions` cuts captions to 77 characters. (`raw_pixels`
             is about the features.)
+        cache: Folder of caption embeddings; None takes `data.cache.cache_folder`.
         details: More to note about how it was made.
 
     Returns:
@@ -82,7 +86,13 @@ def probe_retrieval(
     cut = [text[:CUT_AT] for text in texts] if CUT_CAPTIONS in faults else texts
     # Copied: the rows are mapped read-only, which torch warns about.
     image_vectors = normalize(torch.from_numpy(np.array(features)), dim=-1)
-    text_vectors = _embed_texts(partner, cut)
+    text_vectors = kept_vectors(
+        "captions",
+        [1, partner.fingerprint, cut],
+        len(cut),
+        lambda: _embed_texts(partner, cut),
+        cache=cache,
+    )
     both = {
         "I2T": rank_right_items(image_vectors, text_vectors, torch.arange(len(captions)), owner),
         "T2I": rank_right_items(text_vectors, image_vectors, owner, torch.arange(len(captions))),

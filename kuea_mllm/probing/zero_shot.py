@@ -6,9 +6,6 @@ class with the largest `100 * image . class`.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kuea_mllm.data.cache import cache_folder
 from kuea_mllm.errors import DataError, TowerError
-from kuea_mllm.io import create_directory, disk_errors_named
 from kuea_mllm.probing.column import ProbeColumn, ProbeRow, percent
 from kuea_mllm.probing.datasets.classes import fill_templates
 from kuea_mllm.probing.datasets.dataset import ProbeDataset
+from kuea_mllm.probing.kept_vectors import kept_vectors
 from kuea_mllm.probing.partner import TextPartner
 
 SUITE = "zero-shot"
@@ -133,21 +129,14 @@ def class_vectors(
             "Write zeroshot_classification_templates.txt and classnames.txt beside its splits, or "
             "name those of clip-benchmark in the recipe (templates, classnames).",
         )
-    key = json.dumps([1, partner.fingerprint, dataset.class_names, dataset.templates])
-    folder = (cache_folder() if cache is None else cache) / "probing"
-    path = folder / f"classes-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if path.is_file():
-        return _read_vectors(path, len(dataset.class_names))
-    vectors = embed_classes(partner, dataset.class_names, dataset.templates)
-    create_directory(folder)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}.npy")
-    try:
-        with disk_errors_named(path):
-            np.save(partial, vectors.numpy())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return vectors
+    names, templates = dataset.class_names, dataset.templates
+    return kept_vectors(
+        "classes",
+        [1, partner.fingerprint, names, templates],
+        len(names),
+        lambda: embed_classes(partner, names, templates),
+        cache=cache,
+    )
 
 
 def embed_classes(
@@ -191,20 +180,6 @@ def describe_dataset(dataset: ProbeDataset) -> dict[str, Any]:
         "images": len(dataset),
         "fingerprint": dataset.fingerprint,
     }
-
-
-def _read_vectors(path: Path, classes: int) -> Tensor:
-    try:
-        vectors = torch.from_numpy(np.load(path))
-        is_whole = vectors.ndim == 2 and len(vectors) == classes
-    except (ValueError, EOFError, OSError):
-        is_whole = False
-    if not is_whole:
-        raise DataError(
-            f"cached class vectors {path} are damaged.",
-            "Remove the file; it is made again when it is needed.",
-        )
-    return vectors
 
 
 def _blocks(features: NDArray[np.float32]) -> Iterator[Tensor]:

@@ -228,5 +228,22 @@ def _caution(runs: Sequence[Mapping[str, Any]]) -> str:
     limits = sorted({str(run["settings"].get("limit")) for run in runs} - {"None"})
     if limits:
         why.append(f"at most {', '.join(limits)} images of each data set were used here")
+    if sizes := _other_sizes(entries):
+        why.append(f"data sets are not of the published size here: {', '.join(sizes)}")
     why.append("the paper gives no intervals")
     return f"For orientation only: {'; '.join(why)}."
+
+
+def _other_sizes(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the data sets of the paper that have another number of images here, each once."""
+    found: dict[str, None] = {}
+    for entry in entries:
+        if not any(expected.get("table") for expected in entry.get("expected") or ()):
+            continue
+        for key, what in (("documents", ""), ("train_documents", " to train on")):
+            # Earlier results do not say.
+            here, published = entry.get(f"{key}_found"), entry.get(key)
+            if here is not None and published is not None and here != published:
+                name = one_line(str(entry.get("dataset")))
+                found[f"{name} ({here:,} of {published:,}{what})"] = None
+    return list(found)

@@ -4,6 +4,7 @@ FOLDER/
     embeddings-<digest>/            targets of `align` (`alignment.target_store`)
     probing/features-<digest>/      embeddings that `probe` and `look` read (`probing.features`)
     probing/classes-<digest>.npy    class vectors of zero-shot (`probing.zero_shot`)
+    probing/captions-<digest>.npy   embeddings of captions (`probing.retrieval`)
     tar_index/<digest>.npz          where images lie in tar shards (`data.tar`)
     mixtures/<digest>-<format>/     conversations as Arrow (`tuning.mixture`)
     retrieval/<digest>.npy          embeddings of few-shot demonstrations (`evaluation.fewshot`)
@@ -35,7 +36,8 @@ class Kept:
 
     Attributes:
         name: What `cache rm` calls it.
-        kind: "targets", "features", "mixture", "class vectors", "tar index" or "demonstrations".
+        kind: "targets", "features", "mixture", "class vectors", "captions", "tar index" or
+            "demonstrations".
         model: What it was made by or from, in words.
         count: What it holds when it is complete.
         unit: Of `count`: "images", "records" or "files".
@@ -72,6 +74,7 @@ def list_kept(root: Path) -> list[Kept]:
         *_features(root / "probing"),
         *_mixtures(root / "mixtures"),
         *_files(root / "probing", "classes-*.npy", "class vectors", "zero-shot classes"),
+        *_files(root / "probing", "captions-*.npy", "captions", "captions of retrieval"),
         *_files(root / "tar_index", "*.npz", "tar index", "headers of tar shards"),
         *_files(root / "retrieval", "*.npy", "demonstrations", "images of few-shot examples"),
     ]

@@ -62,6 +62,7 @@ from kuea_mllm.workflows.probe_suites import (
     Job,
     ProbePlace,
     job_inputs,
+    open_all,
     require_data,
     run_job,
 )
@@ -132,9 +133,9 @@ def probe(
 ) -> dict[str, Any]:
     """Score one tower and write a results directory.
 
-    Data sets are looked for before the tower is loaded. They are scored one after the other; what
-    ends the command early leaves those that are finished in `OUT.unfinished`, and embeddings in the
-    cache in any case.
+    Data sets are looked for before the tower is loaded, and local ones are opened before the first
+    is scored. They are scored one after the other; what ends the command early leaves those that
+    are finished in `OUT.unfinished`, and embeddings in the cache in any case.
 
     Args:
         reference: The tower, see `open_subject`.
@@ -159,11 +160,13 @@ def probe(
         subject = how.open(reference)
         model = subject.describe()
         kept.claim(_model_key(model))
+        # All, before hours are spent on the one that is next.
+        opened = open_all(how.jobs, subject, how.place)
         for job in how.jobs:
-            # All, before hours are spent on the one that is next.
             if kept.is_finished(job.name):
                 before = read_json(kept.column(job.name) / COLUMN).get("inputs", {})
-                _require_same_inputs(job, before, subject, how)
+                now = opened.get(job.name) or job_inputs(job, subject, how.place)
+                require_same_inputs(job.data.name, before, now)
         for number, job in enumerate(how.jobs, start=1):
             _run_job(number, job, subject, how, kept)
         records = {job.name: read_json(kept.column(job.name) / COLUMN) for job in how.jobs}
@@ -269,18 +272,14 @@ def _run_job(number: int, job: Job, subject: Subject, how: Probing, kept: Unfini
         LOGGER.info("Data set %d of %d, %s: finished before.", number, len(how.jobs), job.name)
         return
     LOGGER.info("Data set %d of %d: %s (%s).", number, len(how.jobs), job.data.name, job.name)
-    found = run_job(job, subject, replace(how.place, kept=kept.work(job.name)))
+    is_checked = how.place.data is not None  # by `open_all`
+    place = replace(how.place, kept=kept.work(job.name), is_checked=is_checked)
+    found = run_job(job, subject, place)
     columns = result_columns(job, found)
     with atomic_directory(kept.column(job.name)) as folder:
         entries = write_columns(folder, columns, found, thumbnails=how.thumbnails)
         write_json(folder / COLUMN, {"entries": entries, "inputs": dict(found.inputs)})
     shutil.rmtree(kept.work(job.name), ignore_errors=True)
-
-
-def _require_same_inputs(
-    job: Job, before: Mapping[str, str], subject: Subject, how: Probing
-) -> None:
-    require_same_inputs(job.data.name, before, job_inputs(job, subject, how.place))
 
 
 def _write_results(out: Path, kept: Unfinished, summary: Mapping[str, Any], how: Probing) -> None:
@@ -394,4 +393,5 @@ def _require_same(half: str, folder: Path, reference: str, how: Probing) -> None
                 "Install that version again, or drop both halves with --restart.",
             )
     for job in how.jobs:
-        _require_same_inputs(job, summary.get("inputs", {}).get(job.name, {}), subject, how)
+        before = summary.get("inputs", {}).get(job.name, {})
+        require_same_inputs(job.data.name, before, job_inputs(job, subject, how.place))

@@ -69,6 +69,7 @@ class ProbePlace:
         workers: Processes that decode pictures; None takes as many as there are cores, up to 8.
         cache: Folder of features; None takes the usual one.
         kept: Folder where a data set keeps what it has done until it is scored; None keeps nothing.
+        is_checked: Whether `open_all` was called: what is odd about a size has been said then.
     """
 
     data: Path | None
@@ -77,6 +78,7 @@ class ProbePlace:
     workers: int | None = None
     cache: Path | None = None
     kept: Path | None = None
+    is_checked: bool = False
 
     def extraction(self, recipe: ProbeRecipe) -> Extraction:
         """Return how embeddings are computed."""
@@ -104,12 +106,15 @@ class JobColumns:
         images: The scored pictures, for reports that show some.
         root: Folder that their names begin with.
         inputs: Fingerprints of all that they were made of, see `probe_inputs`.
+        sizes: Images (or pairs) of each split, the scored one last; more than were used if there is
+            a limit. Empty if they are not known.
     """
 
     columns: list[ProbeColumn]
     images: ImageSource
     root: str
     inputs: Mapping[str, str] = field(default_factory=dict)
+    sizes: Sequence[int] = ()
 
 
 _Split = TypeVar("_Split", bound=Split)
@@ -176,7 +181,25 @@ def run_job(job: Job, subject: Subject, place: ProbePlace) -> JobColumns:
     suite = _SUITES[job.recipe.suite]
     splits = suite.open(job, place)
     inputs = {**_models(job, subject), **inputs_of(splits)}
-    return replace(suite.run(job, splits, subject, place), inputs=inputs)
+    sizes = [split.total for split in splits]
+    return replace(suite.run(job, splits, subject, place), inputs=inputs, sizes=sizes)
+
+
+def open_all(jobs: Sequence[Job], subject: Subject, place: ProbePlace) -> dict[str, dict[str, str]]:
+    """Open all local data sets, so that a hole in the last shows before the first is scored.
+
+    None is kept in memory; those of the Hub would have to be fetched and are left out.
+
+    Returns:
+        What `job_inputs` gives, by the name of the job.
+
+    Raises:
+        DataError: If a data set is missing, damaged or incomplete.
+        TowerError: If the tower lacks what a suite needs.
+    """
+    if place.data is None:
+        return {}
+    return {job.name: job_inputs(job, subject, place) for job in jobs}
 
 
 def job_inputs(job: Job, subject: Subject, place: ProbePlace) -> dict[str, str]:
@@ -215,7 +238,7 @@ def _open_linear(job: Job, place: ProbePlace) -> list[ProbeDataset]:
 
 
 def _open_split(job: Job, place: ProbePlace, split: str) -> ProbeDataset:
-    dataset = open_dataset(job.data, place.data, split=split)
+    dataset = open_dataset(job.data, place.data, split=split, is_checked=place.is_checked)
     return dataset if job.recipe.limit is None else dataset.limited(job.recipe.limit)
 
 
@@ -225,7 +248,8 @@ def _open_patch(job: Job, place: ProbePlace) -> list[LabelledPictures]:
     folder, splits = _folder(job, place), []
     for split in (job.data.train_split, job.data.split):
         pictures = open_coco_stuff(folder, split)
-        warn_of_size(job.data, split, len(pictures))
+        if not place.is_checked:
+            warn_of_size(job.data, split, len(pictures))
         limit = job.recipe.limit
         splits.append(pictures if limit is None else pictures.limited(limit))
     return splits
@@ -263,6 +287,7 @@ def _retrieval(
         name=job.data.name,
         recall_at=job.recipe.recall_at,
         faults=job.faults,
+        cache=place.cache,
         details=_notes(job, store),
     )
     return JobColumns(columns, dataset.images, dataset.source)

@@ -46,6 +46,11 @@ class ProbeDataset:
         return len(self.images)
 
     @property
+    def total(self) -> int:
+        """Images of the whole split, of which a limit may have left only some."""
+        return total_count(self.images)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of images (names and sizes), labels, class names, templates and captions."""
         labels = None if self.labels is None else self.labels.tolist()
@@ -110,6 +115,11 @@ class SomeImages:
     def __len__(self) -> int:
         return len(self._positions)
 
+    @property
+    def total(self) -> int:
+        """Images of the whole listing."""
+        return total_count(self._images)
+
     def read(self, index: int) -> Image.Image:
         """Decode one image completely."""
         return self._images.read(int(self._positions[index]))
@@ -123,6 +133,11 @@ class SomeImages:
         digest = hashlib.sha256(self._images.fingerprint().encode())
         digest.update(self._positions.astype("<i8").tobytes())
         return f"sha256:{digest.hexdigest()}"
+
+
+def total_count(images: ImageSource) -> int:
+    """Return how many images a listing has, before some of them were chosen."""
+    return images.total if isinstance(images, SomeImages) else len(images)
 
 
 class PathImages:

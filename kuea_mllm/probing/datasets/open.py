@@ -30,7 +30,9 @@ def locate(data: ProbeData, folder: Path) -> Path | None:
     return None
 
 
-def open_dataset(data: ProbeData, folder: Path | None, *, split: str | None = None) -> ProbeDataset:
+def open_dataset(
+    data: ProbeData, folder: Path | None, *, split: str | None = None, is_checked: bool = False
+) -> ProbeDataset:
     """Open one split of a recipe's data set.
 
     Args:
@@ -38,6 +40,7 @@ def open_dataset(data: ProbeData, folder: Path | None, *, split: str | None = No
         folder: Folder of data sets, each in a sub-folder called like its `key`; None fetches from
             the hub.
         split: Which split; None takes the one that is scored.
+        is_checked: Whether it was opened before, so that nothing is said about its size again.
 
     Raises:
         DataError: If it is not there, or damaged; if classes have no image, or images no class.
@@ -52,7 +55,8 @@ def open_dataset(data: ProbeData, folder: Path | None, *, split: str | None = No
                 f"data set {data.name} is not in {folder}.", _how_to_fetch(data, folder)
             )
         opened = _open_local(data, place, split)
-    warn_of_size(data, split, len(opened))
+    if not is_checked:
+        warn_of_size(data, split, len(opened))
     return _checked(opened, data)
 
 

@@ -110,6 +110,18 @@ def test_another_clip_than_the_heads_learnt_from_is_refused(copy):
     assert load_projection(copy / "heads", base=str(ASSETS / "clip")).found_by == "--base"
 
 
+def test_clip_of_the_heads_that_moved_is_asked_for_by_its_option(copy):
+    path = copy / "heads" / "kuea.json"
+    record = json.loads(path.read_text())
+    record["base_tower"] |= {"reference": "worlds/gone", "path": "/worlds/gone"}
+    path.write_text(json.dumps(record))
+    with pytest.raises(
+        TowerError, match=r"(?s)^key base_tower\.reference of .*Give --base"
+    ) as found:
+        load_projection(copy / "heads")
+    assert str(path) in found.value.problem
+
+
 def test_damaged_heads_are_named(copy):
     (copy / "heads" / "heads.safetensors").write_bytes(b"nothing")
     with pytest.raises(TowerError, match=r"heads\.safetensors is damaged"):

@@ -122,6 +122,15 @@ def test_both_layouts_are_found(tmp_path: Path) -> None:
     assert len(open_coco_stuff(tmp_path, "train")) == 1
 
 
+@pytest.mark.parametrize("folder", ["train2017", "train"])
+@pytest.mark.parametrize("split", ["train2017", "train"])
+def test_split_may_be_called_with_its_year(tmp_path: Path, split: str, folder: str) -> None:
+    write_pair(tmp_path, "train", "1", grey(), SQUARE)
+    for kind in ("images", "annotations"):
+        (tmp_path / kind / "train2017").rename(tmp_path / kind / folder)
+    assert len(open_coco_stuff(tmp_path, split)) == 1
+
+
 def test_missing_label_map_is_named(tmp_path: Path) -> None:
     for name in ("1", "2"):
         write_pair(tmp_path, "val", name, grey(), SQUARE)
@@ -132,8 +141,10 @@ def test_missing_label_map_is_named(tmp_path: Path) -> None:
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     write_pair(tmp_path, "val", "1", grey(), SQUARE)
-    with pytest.raises(DataError, match="no pictures of split train: neither images/train2017"):
-        open_coco_stuff(tmp_path, "train")
+    places = "images/train2017 nor train2017 nor images/train nor train is there"
+    for split in ("train", "train2017"):
+        with pytest.raises(DataError, match=f"no pictures of split {split}: neither {places}"):
+            open_coco_stuff(tmp_path, split)
 
 
 def test_map_with_a_wrong_class_names_its_file(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_retrieval_scores_are_those_of_clip_benchmark(
     )
     ours = open_dataset(data, tmp_path)
     store = extract(ours.images, tower_embedder(tower), HOW)
-    columns = probe_retrieval(store.embeddings, ours, load_partner(tower))
+    columns = probe_retrieval(store.embeddings, ours, load_partner(tower), cache=tmp_path)
 
     scores = {column.name: column.score / 100 for column in columns}
     assert len(scores) == 6

@@ -120,7 +120,8 @@ def test_retrieval_data_set_runs_on_a_copy_of_its_schema(name: str, tmp_path: Pa
     data = next(each for each in recipe("retrieval").datasets if each.name == name)
     write_like(data, tmp_path, classes=12)
     opened = open_dataset(data, tmp_path)
-    columns = probe_retrieval(features(opened, tmp_path), opened, fake_partner()[0])
+    rows = features(opened, tmp_path)
+    columns = probe_retrieval(rows, opened, fake_partner()[0], cache=tmp_path)
     assert {column.name for column in columns} == expected(data, 2).keys()
     assert [len(column.rows) for column in columns] == [12] * 3 + [60] * 3
 

@@ -65,7 +65,7 @@ def test_damaged_class_vectors_in_the_cache_are_named(tmp_path: Path) -> None:
     probe_zero_shot(features, data, partner, cache=tmp_path / "cache")
     [path] = (tmp_path / "cache").rglob("classes-*.npy")
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(DataError, match=r"cached class vectors \S+\.npy are damaged"):
+    with pytest.raises(DataError, match=r"cached vectors of classes \S+\.npy are damaged"):
         probe_zero_shot(features, data, partner, cache=tmp_path / "cache")
 
 
@@ -87,7 +87,36 @@ def test_texts_that_embed_to_nan_are_named(tmp_path: Path) -> None:
         embed_classes(partner, ["a", "b"], ["{c}"])
     data = dataset(tmp_path, 2, captions=(("a",), ("b",)))
     with pytest.raises(TowerError, match="NaN or infinity for the caption 'b'"):
-        probe_retrieval(np.ones((2, 2), np.float32), data, partner)
+        probe_retrieval(np.ones((2, 2), np.float32), data, partner, cache=tmp_path)
+    # Vectors with such a hole would be served from the cache from then on.
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_captions_are_embedded_once_for_all_towers_of_one_text_half(tmp_path: Path) -> None:
+    data = dataset(tmp_path, 2, captions=(("p", "q"), ("r",)))
+    features = np.random.default_rng(0).standard_normal((2, 16)).astype(np.float32)
+    (partner, text), (other, asked) = fake_partner(), fake_partner()
+    asked.fingerprint = "another text tower"
+    cache = tmp_path / "cache"
+    first = probe_retrieval(features, data, partner, cache=cache)
+    again = probe_retrieval(features, data, partner, cache=cache)
+    assert text.seen == ["p", "q", "r"]
+    assert again == first
+    probe_retrieval(features, data, other, cache=cache)
+    assert asked.seen == ["p", "q", "r"]
+    shuffled = dataset(tmp_path, 2, captions=(("q", "p"), ("r",)))
+    probe_retrieval(features, shuffled, partner, cache=cache)
+    assert text.seen[3:] == ["q", "p", "r"]
+    assert len(list(cache.rglob("captions-*.npy"))) == 3
+
+
+def test_damaged_captions_in_the_cache_are_named(tmp_path: Path) -> None:
+    data, features = dataset(tmp_path, 1, captions=(("p", "q"),)), np.ones((1, 16), np.float32)
+    probe_retrieval(features, data, fake_partner()[0], cache=tmp_path / "cache")
+    [path] = (tmp_path / "cache").rglob("captions-*.npy")
+    np.save(path, np.load(path)[:1])
+    with pytest.raises(DataError, match=r"cached vectors of captions \S+\.npy are damaged"):
+        probe_retrieval(features, data, fake_partner()[0], cache=tmp_path / "cache")
 
 
 def test_retrieval_counts_any_right_caption(tmp_path: Path) -> None:
@@ -96,7 +125,7 @@ def test_retrieval_counts_any_right_caption(tmp_path: Path) -> None:
     partner, _ = fake_partner(vectors)
     # Image 0 looks most like p (wrong), then r (right); image 1 like s (right).
     features = np.array([[1, 0.1], [0.5, 0.9]], dtype=np.float32)
-    columns = probe_retrieval(features, data, partner, recall_at=(1, 2))
+    columns = probe_retrieval(features, data, partner, recall_at=(1, 2), cache=tmp_path)
     scores = {column.name: column.score for column in columns}
     assert scores == {
         "Toy I2T R@1": 50.0,
@@ -135,10 +164,10 @@ def test_released_code_cuts_captions_to_77_characters(tmp_path: Path) -> None:
     data = dataset(tmp_path, 2, captions=((long,), ("short",)))
     features = np.eye(2, 16, dtype=np.float32)
     partner, text = fake_partner()
-    probe_retrieval(features, data, partner)
+    probe_retrieval(features, data, partner, cache=tmp_path)
     assert text.seen == [long, "short"]
     partner, text = fake_partner()
-    column = probe_retrieval(features, data, partner, faults=[CUT_CAPTIONS])[0]
+    column = probe_retrieval(features, data, partner, faults=[CUT_CAPTIONS], cache=tmp_path)[0]
     assert text.seen == [long[:77], "short"]
     assert column.details["faults"] == ["cut_captions"]
     assert column.rows[0].target == long

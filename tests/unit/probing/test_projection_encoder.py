@@ -119,6 +119,58 @@ def test_another_teacher_is_refused(copy):
         load_projection(copy)
 
 
+def change_record(folder, key, **changes):
+    record = json.loads((folder / "kuea.json").read_text())
+    record[key] |= changes
+    (folder / "kuea.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(("key", "option"), [("teacher", "--teacher"), ("base_tower", "--base")])
+def test_model_that_moved_is_asked_for_by_its_option(copy, key, option):
+    change_record(copy, key, reference="worlds/seed0/gone", path="/worlds/seed0/gone")
+    with pytest.raises(TowerError) as found:
+        load_projection(copy)
+    start = f"key {key}.reference of {copy / 'kuea.json'} names a model that cannot be opened"
+    assert found.value.problem == f"{start}: there is no file or directory /worlds/seed0/gone."
+    assert f"Give {option}" in str(found.value)
+    moved = {
+        "teacher": {"teacher": str(ASSETS / "teacher")},
+        "base_tower": {"base": str(ASSETS / "clip")},
+    }
+    assert load_projection(copy, **moved[key]).embedder.width == 64
+
+
+def test_model_that_is_given_and_missing_is_not_blamed_on_the_record(copy):
+    for option in ("teacher", "base"):
+        with pytest.raises(TowerError, match=r"^there is no file or directory nothing/is/here"):
+            load_projection(copy, **{option: "nothing/is/here"})
+
+
+def test_relative_paths_are_found_from_another_folder(images, tmp_path, monkeypatch):
+    world = tmp_path / "world"
+    for name in ("clip", "teacher"):
+        shutil.copytree(ASSETS / name, world / name)
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "method": "projection",
+        "student.model": "world/clip",
+        "teacher.model": "world/teacher",
+        "data.images": str(images),
+        "data.workers": 0,
+        "optim.batch_size": 16,
+        "data.heldout_count": 16,
+        "runtime.device": "cpu",
+    }
+    recipe = load_recipe("align/miniworld", AlignRecipe, settings=settings)
+    run_projection(recipe, tmp_path / "out", progress=False)
+    monkeypatch.chdir("/")
+    assert load_projection(tmp_path / "out").base == str(world / "clip")
+    record = json.loads((tmp_path / "out" / "projection" / "kuea.json").read_text())
+    # As it was typed, beside the path: reports and cards show it.
+    assert record["teacher"]["reference"] == "world/teacher"
+    assert record["teacher"]["path"] == str(world / "teacher")
+
+
 def test_a_damaged_file_is_named(copy):
     (copy / "projection.safetensors").write_bytes(b"nothing")
     with pytest.raises(TowerError, match=r"projection\.safetensors is damaged"):

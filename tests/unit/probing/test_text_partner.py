@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from kuea_mllm.errors import TowerError, TowerMismatch
+from kuea_mllm.manifest import named_source
 from kuea_mllm.probing.partner import load_partner
 from kuea_mllm.towers.load import load_tower
 from kuea_mllm.towers.save import save_tower
@@ -196,6 +197,19 @@ def test_aligned_tower_finds_its_clip_by_its_record(directory: Path, tmp_path: P
         partner = load_partner(load_tower(tmp_path / name))
         assert (partner.found_by, partner.source) == ("kuea.json", str(directory))
         assert partner.fingerprint == expected
+
+
+def test_clip_that_was_named_by_a_relative_path_is_found_from_another_folder(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(directory.parent)
+    start = named_source(directory.name)
+    save_tower(load_tower(directory), tmp_path / "aligned", manifest={"base_tower": start})
+    again = named_source(str(tmp_path / "aligned"))
+    save_tower(load_tower(tmp_path / "aligned"), tmp_path / "twice", manifest={"base_tower": again})
+    monkeypatch.chdir("/")
+    for name in ("aligned", "twice"):
+        assert load_partner(load_tower(tmp_path / name)).source == str(directory)
 
 
 def test_another_clip_in_the_place_of_the_recorded_one_is_refused(tmp_path: Path) -> None:

@@ -154,7 +154,12 @@ def test_damaged_features_are_listed_as_such_and_removed(
 
 def test_small_files_of_a_kind_are_one_entry(root: Path) -> None:
     for folder, names in {
-        "probing": ("classes-1.npy", "classes-2.npy", ".classes-3.npy.partial-7.npy"),
+        "probing": (
+            "classes-1.npy",
+            "classes-2.npy",
+            ".classes-3.npy.partial-7.npy",
+            "captions-1.npy",
+        ),
         "tar_index": ("a.npz",),
         "retrieval": ("b.npy",),
     }.items():
@@ -164,6 +169,7 @@ def test_small_files_of_a_kind_are_one_entry(root: Path) -> None:
     found = {each.name: each for each in list_kept(root)}
     assert {name: each.count for name, each in found.items()} == {
         "class-vectors": 2,
+        "captions": 1,
         "tar-index": 1,
         "demonstrations": 1,
     }

@@ -18,6 +18,7 @@ from kuea_mllm.evaluation.compare import compare_results
 from kuea_mllm.evaluation.results import KIND, SCHEMA_VERSION, load_results
 from kuea_mllm.io import write_json
 from kuea_mllm.probing.column import ProbeColumn, ProbeRow
+from kuea_mllm.reporting.pictures import PictureShelf
 from kuea_mllm.workflows.probe_results import result_columns, write_columns
 from kuea_mllm.workflows.probe_suites import Job, JobColumns, plan_jobs
 
@@ -129,6 +130,29 @@ def test_copies_of_a_data_set_are_the_same_test(tmp_path: Path) -> None:
     [row, *_] = load_results(here).rows("probe_zero_shot_toy_set")
     assert (row.cluster, row.target) == ("test/0.tar!000.jpg", "test/0.tar!000.jpg")
     assert row.image is None
+
+
+def test_pictures_are_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "data" / "0.png")
+    row = ProbeRow(0, "data/0.png", "?", "a", "a", 1.0, image="data/0.png")
+    column = ProbeColumn("toy set", "acc1", 100.0, "mean", [row], "zero-shot")
+    found = JobColumns([column], Pictures("data", 0), "data")
+    monkeypatch.chdir(tmp_path)
+    folder = write_results(tmp_path / "results", found)
+    monkeypatch.chdir(folder)
+    [kept] = load_results(folder).rows("probe_zero_shot_toy_set")
+    # What belongs to the test says nothing of folders.
+    assert (kept.image, kept.cluster) == (str(tmp_path / "data" / "0.png"), "0.png")
+    task, sample = "probe_zero_shot_toy_set", kept.to_json()
+    assert PictureShelf([folder]).load(task, sample)[0] is not None
+    # Results of earlier versions hold the path as it was given.
+    before = sample | {"image": "data/0.png"}
+    assert "is not in" in PictureShelf([folder]).load(task, before)[1]
+    monkeypatch.chdir(tmp_path)
+    assert PictureShelf([folder]).load(task, before)[0] is not None
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kuea_mllm.config.probe import ProbeRecipe
-from kuea_mllm.errors import UserError
+from kuea_mllm.errors import DataError, UserError
 from kuea_mllm.io import read_json, write_json
+from kuea_mllm.log import LOGGER
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.miniworld.probe_sets import write_probe_sets
 from kuea_mllm.workflows import probe as workflow
@@ -165,6 +166,60 @@ def test_data_that_were_replaced_are_refused(
     first = suite.datasets[0].name
     with pytest.raises(UserError, match=f"--resume: the {named} changed since data set {first}"):
         probe(str(CLIP), how, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_hole_in_the_last_data_set_shows_before_the_first_is_scored(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: bool
+) -> None:
+    how = probing(data, recipe("zero-shot", SINGLE), recipe("mmvp-vlm", PAIRS))
+    scored: list[str] = []
+    monkeypatch.setattr(workflow, "run_job", lambda job, *_: scored.append(job.name))
+    next((data / "pairs").rglob("*.png")).unlink()
+    with pytest.raises(DataError, match="which is not there"):
+        if pair:
+            probe_pair(str(CLIP), str(CLIP), how, tmp_path / "out")
+        else:
+            probe(str(CLIP), how, tmp_path / "out")
+    assert scored == []
+
+
+def test_size_is_recorded_and_warned_of_once(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(LOGGER, "propagate", True)  # off once a command has run
+    large = entry("single", documents=10_000)
+    count = {**COUNT, "documents": 40, "train_documents": 50}
+    pairs = {**PAIRS, "documents": 135}
+    how = probing(
+        data,
+        recipe("zero-shot", large, GRAY, limit=5),
+        recipe("linear", count, linear={"epochs": 1}),
+        recipe("mmvp-vlm", pairs, limit=5),
+    )
+    columns = probe(str(CLIP), how, tmp_path / "out")["columns"].values()
+    found = {
+        column["dataset"]: [
+            *(column["documents_found"], column["documents"]),
+            *(column["train_documents_found"], column["train_documents"]),
+        ]
+        for column in columns
+    }
+    pairs_here = len((data / "pairs" / "Questions.csv").read_text().splitlines()) // 2
+    linear_here = len(list((data / "linear_count" / "test").rglob("*.png")))
+    assert pairs_here > 5
+    assert found == {
+        # Before the limit: what lies here is not the published set.
+        "single": [24, 10_000, None, None],
+        "gray": [24, 24, None, None],
+        "linear_count": [linear_here, 40, 40, 50],
+        "pairs": [pairs_here, 135, None, None],
+    }
+    assert caplog.text.count("data set single has 24 images in split test") == 1
+    assert caplog.text.count("data set linear_count has 40 images in split train") == 1
 
 
 def test_same_data_are_taken_again(
