@@ -22,7 +22,7 @@ from torch import Tensor
 from kuea_mllm.adapters.base import NAMED_TOWER_DIRECTORY, TowerReference, TowerSlot
 from kuea_mllm.errors import UserError
 from kuea_mllm.io import read_json, write_json
-from kuea_mllm.manifest import library_versions, utc_now
+from kuea_mllm.manifest import library_versions, named_source, utc_now
 from kuea_mllm.model_files import (
     PICKLE_FILE,
     PICKLE_INDEX_FILE,
@@ -224,7 +224,7 @@ def _tower_record(tower: Tower) -> dict[str, Any]:
         return {key: value for key, value in record.items() if key not in ("fingerprint", "spec")}
     return {
         "kind": "tower",
-        "base_tower": {"reference": tower.source},
+        "base_tower": named_source(tower.source),
         "source_record": tower.manifest,
         "versions": library_versions(),
         "created": utc_now(),

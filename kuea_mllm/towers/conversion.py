@@ -16,7 +16,7 @@ from typing import Any
 
 from kuea_mllm.errors import UserError
 from kuea_mllm.io import atomic_directory, read_json, require_free_output, write_json
-from kuea_mllm.manifest import library_versions, utc_now
+from kuea_mllm.manifest import library_versions, named_source, utc_now
 from kuea_mllm.towers.card import Library, render_card
 from kuea_mllm.towers.changes import DTYPES, Changes, apply_changes, dtype_names, load_original
 from kuea_mllm.towers.checkpoints import resolve_source
@@ -286,7 +286,7 @@ def _manifest(
     """Return kuea.json: what the source's said about its making, and this conversion."""
     inherited = {k: v for k, v in (source.tower.manifest or {}).items() if k not in _SAID_ANEW}
     origin = {
-        "reference": source.name,
+        **named_source(source.name),
         "layout": source.tower.layout,
         "fingerprint": source.tower.fingerprint,
     }
