@@ -144,7 +144,7 @@ def _refusal_to_answer(adapter: MLLMAdapter, base: Path) -> Iterator[str]:
 
 
 def _runtime(adapter: MLLMAdapter, base: Path) -> Iterator[str]:
-    from kuea_mllm.towers.fingerprint import fingerprint_state
+    from kuea_mllm.towers.model.fingerprint import fingerprint_state
 
     runtime: object = adapter.open_runtime(base, dtype="float32", device="cpu")
     if not isinstance(runtime, MLLMRuntime):
@@ -164,7 +164,7 @@ def _runtime(adapter: MLLMAdapter, base: Path) -> Iterator[str]:
 
 def _exchange(adapter: MLLMAdapter, base: Path) -> Iterator[str]:
     """Exchange the bytes of the tower in a copy: is the copy taken, and is it the one in use?"""
-    from kuea_mllm.towers.fingerprint import fingerprint_state
+    from kuea_mllm.towers.model.fingerprint import fingerprint_state
 
     slot = adapter.tower_slot(base)
     if slot.reference is not None:
@@ -202,7 +202,7 @@ def _answers(runtime: MLLMRuntime) -> Iterator[str]:
 
 
 def _entries_of_tower(slot: TowerSlot, base: Path) -> dict[str, TensorEntry]:
-    from kuea_mllm.towers.locate import expected_shapes, locate_tensors
+    from kuea_mllm.towers.formats.locate import expected_shapes, locate_tensors
 
     expected = expected_shapes(slot.family, slot.vision_config)
     return locate_tensors(tensor_entries(base), expected, module=slot.module, where=str(base))[1]

@@ -20,7 +20,7 @@ from kuea_mllm.adapters.records import PEFT_CONFIG, RECORD_FILE, read_record
 from kuea_mllm.errors import UserError
 from kuea_mllm.io import read_json, write_json, write_text
 from kuea_mllm.model_card import CARD_FILE
-from kuea_mllm.towers.shards import as_planned, open_shard, write_safetensors
+from kuea_mllm.towers.files.shards import as_planned, open_shard, write_safetensors
 
 LORA = "lora"
 WEIGHTS_FILE = "adapter_model.safetensors"

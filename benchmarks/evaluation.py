@@ -51,9 +51,9 @@ from transformers import (
 
 from kuea_mllm.adapters.llava.images import PaddedImages
 from kuea_mllm.adapters.llava.runtime import LlavaRuntime
-from kuea_mllm.evaluation.answers import answer_questions
-from kuea_mllm.evaluation.questions import GenerationSettings, PendingQuestion
-from kuea_mllm.evaluation.session import Session
+from kuea_mllm.evaluation.answering.answers import answer_questions
+from kuea_mllm.evaluation.answering.questions import GenerationSettings, PendingQuestion
+from kuea_mllm.evaluation.answering.session import Session
 from kuea_mllm.miniworld.vocabularies import build_llava_tokenizer
 from kuea_mllm.towers.spec import CLIP_MEAN, CLIP_STD
 

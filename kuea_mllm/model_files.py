@@ -1,7 +1,7 @@
 """Reads Hugging Face model directories as files: which weights they load, where each tensor lies.
 
-No torch and no tensor data, which `towers.checkpoints` reads. A safetensors file begins with a JSON
-header that gives each tensor's dtype, shape and place
+No torch and no tensor data, which `towers.files.checkpoints` reads. A safetensors file begins with
+a JSON header that gives each tensor's dtype, shape and place
 (https://huggingface.co/docs/safetensors, "Format").
 """
 

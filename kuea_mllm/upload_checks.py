@@ -120,7 +120,7 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 def _require_complete(directory: Path, kind: str) -> list[str]:
     """Return the weight files, after making sure that nothing that a loader needs is missing."""
-    from kuea_mllm.towers.checkpoints import OPEN_CLIP_WEIGHTS, is_open_clip_repository
+    from kuea_mllm.towers.files.checkpoints import OPEN_CLIP_WEIGHTS, is_open_clip_repository
 
     if kind == "tower" and is_open_clip_repository(directory):
         return [name for name in OPEN_CLIP_WEIGHTS if (directory / name).is_file()]
@@ -153,7 +153,7 @@ def _require_recorded_tower(directory: Path, record: Mapping[str, Any]) -> str:
         return verification.fingerprint
     if record["kind"] == "lora":
         return _require_recorded_lora(directory, record)
-    from kuea_mllm.towers.load import load_tower
+    from kuea_mllm.towers.reading.load import load_tower
 
     fingerprint = load_tower(directory).fingerprint
     if fingerprint != record.get("fingerprint"):

@@ -42,11 +42,11 @@ from kuea_mllm.io import atomic_directory, require_free_output, write_json, writ
 from kuea_mllm.manifest import SCHEMA_VERSION, library_versions, utc_now
 from kuea_mllm.model_card import CARD_FILE, base_card_metadata
 from kuea_mllm.model_files import INDEX_FILE
-from kuea_mllm.towers import keys
-from kuea_mllm.towers.fingerprint import ROUNDINGS, fingerprint_all, fingerprint_state
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.locate import expected_shapes, locate_tensors
-from kuea_mllm.towers.shards import as_planned, loaded_shards, open_shard, write_safetensors
+from kuea_mllm.towers.files.shards import as_planned, loaded_shards, open_shard, write_safetensors
+from kuea_mllm.towers.formats import keys
+from kuea_mllm.towers.formats.locate import expected_shapes, locate_tensors
+from kuea_mllm.towers.model.fingerprint import ROUNDINGS, fingerprint_all, fingerprint_state
+from kuea_mllm.towers.reading.load import load_tower
 
 LOGGER = logging.getLogger("kuea_mllm")
 

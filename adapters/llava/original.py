@@ -81,7 +81,7 @@ def check_original(base: Path) -> None:
     Raises:
         UserError: Naming what is missing, or what kind of part it is.
     """
-    from kuea_mllm.towers.shards import loaded_shards
+    from kuea_mllm.towers.files.shards import loaded_shards
 
     original_config(base)
     if (base / "adapter_config.json").is_file() or (base / "non_lora_trainables.bin").is_file():

@@ -34,7 +34,7 @@ from kuea_mllm.adapters.records import PEFT_CONFIG, read_record
 from kuea_mllm.errors import OutputError, UserError
 from kuea_mllm.io import atomic_directory, follow_umask, read_json, require_free_output, write_json
 from kuea_mllm.manifest import SCHEMA_VERSION, library_versions, utc_now
-from kuea_mllm.towers.checkpoints import read_checkpoint_file
+from kuea_mllm.towers.files.checkpoints import read_checkpoint_file
 
 # See `lora_directory.find_lora_directory`, which tells the layout by it.
 OTHERS_FILE = "non_lora_trainables.bin"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import TensorEntry
-from kuea_mllm.towers import keys
-from kuea_mllm.towers.shards import PlannedTensor, as_planned
+from kuea_mllm.towers.files.shards import PlannedTensor, as_planned
+from kuea_mllm.towers.formats import keys
 
 # What the published models in Hugging Face form are written with; every transformers that knows
 # LLaVA reads it, today's included.
@@ -58,7 +58,7 @@ class OriginalWeights:
         return self.tensor(next(iter(_PROJECTOR))).dtype
 
     def tower_entries(self) -> dict[str, TensorEntry]:
-        """Return the tower's tensors as `towers.locate` wants them; their places are not known."""
+        """Return the tower's tensors as `towers.formats.locate` wants them, without places."""
         return {
             name: TensorEntry(name, file, "", tuple(self.shards[file][name].shape), 0, 0)
             for name, file in self.tower.items()

@@ -26,10 +26,10 @@ from kuea_mllm.model_card import CARD_FILE, base_card_metadata
 from kuea_mllm.model_files import INDEX_FILE, SINGLE_FILE, tensor_entries, weight_files
 from kuea_mllm.teachers.load import load_teacher
 from kuea_mllm.teachers.teacher import Teacher
-from kuea_mllm.towers.fingerprint import fingerprint_all
-from kuea_mllm.towers.locate import expected_shapes, locate_tensors
-from kuea_mllm.towers.model_copy import copy_file, files_of, take_over, try_link
-from kuea_mllm.towers.shards import as_planned, open_shard, write_safetensors
+from kuea_mllm.towers.files.model_copy import copy_file, files_of, take_over, try_link
+from kuea_mllm.towers.files.shards import as_planned, open_shard, write_safetensors
+from kuea_mllm.towers.formats.locate import expected_shapes, locate_tensors
+from kuea_mllm.towers.model.fingerprint import fingerprint_all
 
 LOGGER = logging.getLogger("kuea_mllm")
 

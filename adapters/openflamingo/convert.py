@@ -31,11 +31,11 @@ from kuea_mllm.io import atomic_directory, require_free_output, write_json, writ
 from kuea_mllm.manifest import SCHEMA_VERSION, library_versions, utc_now
 from kuea_mllm.model_card import CARD_FILE, base_card_metadata
 from kuea_mllm.model_files import INDEX_FILE, SINGLE_FILE, tensor_entries
-from kuea_mllm.towers import keys as tower_keys
-from kuea_mllm.towers.fingerprint import fingerprint_all
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.shards import PlannedTensor, as_planned, open_shard, write_safetensors
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.files.shards import PlannedTensor, as_planned, open_shard, write_safetensors
+from kuea_mllm.towers.formats import keys as tower_keys
+from kuea_mllm.towers.model.fingerprint import fingerprint_all
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
 
 LOGGER = logging.getLogger("kuea_mllm")
 

@@ -16,10 +16,10 @@ from kuea_mllm.adapters.openflamingo.convert import export_checkpoint, export_la
 from kuea_mllm.adapters.openflamingo.processing import OpenFlamingoProcessor
 from kuea_mllm.io import atomic_directory, write_json
 from kuea_mllm.model_files import SINGLE_FILE, tensor_entries
-from kuea_mllm.towers import keys as tower_keys
-from kuea_mllm.towers.save import image_processor_config
-from kuea_mllm.towers.shards import PlannedTensor, open_shard, write_safetensors
+from kuea_mllm.towers.files.shards import PlannedTensor, open_shard, write_safetensors
+from kuea_mllm.towers.formats import keys as tower_keys
 from kuea_mllm.towers.spec import TowerSpec
+from kuea_mllm.towers.writing.save import image_processor_config
 
 
 def export_released(model_dir: Path, destination: Path) -> None:

@@ -2,7 +2,7 @@
 
 A released model is three files: the trained part (the "checkpoint": resampler, gated blocks and the
 token embedding), a language model, and a CLIP tower in open_clip's layout. The tower's names are
-those of `towers.convert`. No torch here: only names.
+those of `towers.formats.convert`. No torch here: only names.
 """
 
 from __future__ import annotations

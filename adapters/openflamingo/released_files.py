@@ -11,8 +11,8 @@ from torch import Tensor
 from kuea_mllm.adapters.openflamingo import keys
 from kuea_mllm.errors import UserError
 from kuea_mllm.io import read_json
-from kuea_mllm.towers.checkpoints import read_checkpoint_file
-from kuea_mllm.towers.shards import loaded_shards, open_shard
+from kuea_mllm.towers.files.checkpoints import read_checkpoint_file
+from kuea_mllm.towers.files.shards import loaded_shards, open_shard
 
 # What a training checkpoint keeps beside the weights (fact sheet, section 4).
 _WEIGHTS_IN_TRAINING = "model_state_dict"

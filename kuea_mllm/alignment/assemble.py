@@ -32,9 +32,9 @@ from kuea_mllm.alignment.warm_start import start_feature_map
 from kuea_mllm.alignment.zero_shot import ZeroShotProbe, open_zero_shot
 from kuea_mllm.log import LOGGER
 from kuea_mllm.objectives import Objective
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.save import save_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.writing.save import save_tower
 from kuea_mllm.training.callbacks import MetricsFile, StopWhenDiverged, TrainingProgress
 from kuea_mllm.training.checkpoints import host_copy
 from kuea_mllm.training.distributed import any_process, rank, world_size

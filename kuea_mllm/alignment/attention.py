@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kuea_mllm.towers.attention import attention_maps
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.attention import attention_maps
+from kuea_mllm.towers.model.tower import Tower
 
 PICTURES = 6
 

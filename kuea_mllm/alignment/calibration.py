@@ -28,8 +28,8 @@ from kuea_mllm.kernel_curve import Family
 from kuea_mllm.log import LOGGER
 from kuea_mllm.manifest import SCHEMA_VERSION, current_command, library_versions, utc_now
 from kuea_mllm.teachers import load_teacher
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.reading.load import load_tower
 
 _BATCH = 32
 

@@ -10,7 +10,7 @@ from kuea_mllm.alignment.inputs import AlignmentInputs
 from kuea_mllm.alignment.target_cache import original_embedder
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.errors import RecipeError, UserError
-from kuea_mllm.towers.encode import TowerEncoder
+from kuea_mllm.towers.model.encode import TowerEncoder
 from kuea_mllm.training.distributed import world_size
 from kuea_mllm.training.run_directory import DROP, RunIdentity
 

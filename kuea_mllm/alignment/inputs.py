@@ -27,8 +27,8 @@ from kuea_mllm.devices import choose_device
 from kuea_mllm.errors import DataError, RecipeError
 from kuea_mllm.log import LOGGER
 from kuea_mllm.teachers import Teacher, load_teacher
-from kuea_mllm.towers.fingerprint import fingerprint_all
-from kuea_mllm.towers.load import Tower, load_tower
+from kuea_mllm.towers.model.fingerprint import fingerprint_all
+from kuea_mllm.towers.reading.load import Tower, load_tower
 from kuea_mllm.training.distributed import rank, world_size
 
 

@@ -27,7 +27,7 @@ from kuea_mllm.data.unreadable import UnreadableCounter
 from kuea_mllm.errors import RecipeError
 from kuea_mllm.io import atomic_directory, follow_umask, require_free_output, write_json
 from kuea_mllm.log import LOGGER, log_file
-from kuea_mllm.towers.encode import TowerEncoder
+from kuea_mllm.towers.model.encode import TowerEncoder
 
 _BATCH = 64
 

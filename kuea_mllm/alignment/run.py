@@ -20,7 +20,7 @@ from kuea_mllm.errors import (
 )
 from kuea_mllm.io import write_json
 from kuea_mllm.log import LOGGER, log_file
-from kuea_mllm.towers.save import save_tower
+from kuea_mllm.towers.writing.save import save_tower
 from kuea_mllm.training.distributed import barrier, fails_together, rank, world_size
 from kuea_mllm.training.ending import explained, interrupted
 from kuea_mllm.training.foreign_settings import refuse_foreign_settings

@@ -13,8 +13,8 @@ from torch.utils._triton import has_triton
 from kuea_mllm.alignment.targets import LiveTargets
 from kuea_mllm.cards import card_of_device
 from kuea_mllm.log import LOGGER
+from kuea_mllm.towers.model.tower import build_meta_model
 from kuea_mllm.towers.spec import TowerSpec
-from kuea_mllm.towers.tower import build_meta_model
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from kuea_mllm.alignment.target_store import (
 from kuea_mllm.alignment.targets import LiveTargets, Targets
 from kuea_mllm.errors import DataError, RecipeError
 from kuea_mllm.features import Features
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.fingerprint import fingerprint_tensors
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.fingerprint import fingerprint_tensors
 
 __all__ = [
     "CacheKey",

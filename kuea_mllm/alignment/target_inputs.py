@@ -25,7 +25,7 @@ from kuea_mllm.alignment.target_store import EmbeddingStore, Precision, cache_ro
 from kuea_mllm.alignment.target_verify import Verification, verify_store
 from kuea_mllm.data.dataset import ImageDataset
 from kuea_mllm.errors import RecipeError
-from kuea_mllm.towers.encode import TowerEncoder
+from kuea_mllm.towers.model.encode import TowerEncoder
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class FeatureModel(Protocol):
 
 
 class TowerModel(Protocol):
-    """A tower whose patch tokens can be read at any block, as `towers.encode.TowerEncoder`."""
+    """A tower that gives the patch tokens of any block, as `towers.model.encode.TowerEncoder`."""
 
     def features(self, pixels01: Tensor, layer: int | None = None) -> Features:
         """Embed images (n, 3, size, size) in [0, 1]."""

@@ -40,7 +40,7 @@ class AlignmentModel(nn.Module):
     """The trained parts together: student tower and objective (kernel parameters, maps, heads).
 
     Args:
-        student: A tower with `features(pixels, layer)`, as `towers.encode.TowerEncoder`.
+        student: A tower with `features(pixels, layer)`, as `towers.model.encode.TowerEncoder`.
         objective: Compares features of student, teacher and original.
         patch_layer: Hidden state whose patch tokens the objective reads.
     """

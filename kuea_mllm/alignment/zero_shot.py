@@ -20,7 +20,7 @@ from kuea_mllm.data.folder import FolderImages
 from kuea_mllm.data.transforms import ImageTransform, unit_pixels
 from kuea_mllm.errors import DataError, TowerError
 from kuea_mllm.log import LOGGER
-from kuea_mllm.towers.checkpoints import read_config
+from kuea_mllm.towers.files.checkpoints import read_config
 
 CLASS_NAMES, TEMPLATES = "classnames.txt", "templates.txt"
 DEFAULT_TEMPLATE = "a photo of a {}."

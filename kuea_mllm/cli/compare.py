@@ -48,8 +48,8 @@ def compare(
 
     Differences are paired and resampled by image; the verdict is better, worse or cannot tell.
     """
-    from kuea_mllm.evaluation.compare import compare_systems, comparisons_json
-    from kuea_mllm.evaluation.systems import load_systems
+    from kuea_mllm.evaluation.comparing.compare import compare_systems, comparisons_json
+    from kuea_mllm.evaluation.comparing.systems import load_systems
 
     if report is not None:
         from kuea_mllm.io import require_free_output

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kuea_mllm.adapters.base import LoraConverter, MLLMAdapter
-    from kuea_mllm.towers.conversion import Conversion
+    from kuea_mllm.towers.converting.conversion import Conversion
 
 
 class Format(StrEnum):
@@ -175,7 +175,7 @@ def convert(
         _push(push, destination, json_output)
         return
     from kuea_mllm.manifest import current_command
-    from kuea_mllm.towers.conversion import Changes, convert_tower
+    from kuea_mllm.towers.converting.conversion import Changes, convert_tower
 
     is_sweep = weights is not None and len(weights) > 1
     done = convert_tower(

@@ -132,7 +132,7 @@ def evaluate(
     elif processes > 1 and not has_parent():
         launch_processes(processes, out)
     else:
-        from kuea_mllm.evaluation.processes import leave_processes
+        from kuea_mllm.evaluation.answering.processes import leave_processes
 
         options: dict[str, Any] = {
             "mllm": mllm,
@@ -243,7 +243,7 @@ def _run_pair(
     json_output: bool,
 ) -> None:
     from kuea_mllm.config.recipes import recipe_to_yaml
-    from kuea_mllm.evaluation.opening import choose_adapter
+    from kuea_mllm.evaluation.answering.opening import choose_adapter
     from kuea_mllm.evaluation.plugin import MODEL_ID
     from kuea_mllm.workflows.against import BASELINE, REPORT, evaluate_pair
 

@@ -23,15 +23,15 @@ def print_dry_run(
         UserError: If something is missing; what is there is printed before.
     """
     from kuea_mllm.config.recipes import recipe_to_yaml
+    from kuea_mllm.evaluation.answering.opening import choose_adapter
     from kuea_mllm.evaluation.fewshot.task_files import require_inputs
-    from kuea_mllm.evaluation.opening import choose_adapter
     from kuea_mllm.evaluation.plugin import MODEL_ID
     from kuea_mllm.evaluation.suites.preview import preview_columns, preview_lines
     from kuea_mllm.evaluation.suites.registry import DataFolders
     from kuea_mllm.evaluation.tasks import resolve_tasks
 
     if recipe.backend != MODEL_ID:
-        from kuea_mllm.evaluation.backends import require_backend
+        from kuea_mllm.evaluation.lmms.backends import require_backend
 
         require_backend(recipe.backend, recipe.backend_args)
     for model in models if recipe.backend == MODEL_ID else ():

@@ -10,7 +10,7 @@ import typer
 from kuea_mllm.cli.common import print_json
 
 if TYPE_CHECKING:
-    from kuea_mllm.towers.inspect import Inspection
+    from kuea_mllm.towers.inspecting.inspect import Inspection
 
 
 def print_inspection(source: str, json_output: bool) -> None:
@@ -24,7 +24,7 @@ def print_inspection(source: str, json_output: bool) -> None:
     if is_lora_directory(Path(source)):
         _print_lora(Path(source), json_output)
         return
-    from kuea_mllm.towers.inspect import inspect_source
+    from kuea_mllm.towers.inspecting.inspect import inspect_source
 
     found = inspect_source(source)
     if json_output:

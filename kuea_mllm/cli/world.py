@@ -100,7 +100,7 @@ def extras(
 
     What is there is kept. About 5 minutes and 3 minutes for each CLIP, on one core.
     """
-    from kuea_mllm.workflows.objectives import build_extras
+    from kuea_mllm.workflows.studies.objectives import build_extras
 
     build_extras(worlds, seeds=range(seeds))
     typer.echo(f"worlds: {worlds}")
@@ -120,7 +120,7 @@ def objectives(
 
     An hour on two quiet cores for five worlds; interrupted, it goes on where it was.
     """
-    from kuea_mllm.workflows.objectives import objectives_markdown, run_objectives
+    from kuea_mllm.workflows.studies.objectives import objectives_markdown, run_objectives
 
     record = run_objectives(
         out, worlds=worlds, seeds=range(seeds), teacher="teacher", jobs=jobs, questions=questions
@@ -146,7 +146,7 @@ def study(
     json_output: Json = False,
 ) -> None:
     """Measure what alignment does to encoder and LLaVA over several seeds, with spread."""
-    from kuea_mllm.workflows.study import print_study, run_study
+    from kuea_mllm.workflows.studies.study import print_study, run_study
 
     result = run_study(out, seeds=seeds, worlds=worlds, questions=questions, split=split, jobs=jobs)
     if json_output:
@@ -181,7 +181,7 @@ def peft(
 
     A few minutes for each seed on one core; interrupted, it goes on where it was.
     """
-    from kuea_mllm.workflows.peft_table import run_peft_study
+    from kuea_mllm.workflows.studies.peft_table import run_peft_study
 
     record = run_peft_study(
         out,
@@ -223,7 +223,7 @@ def probe(
     `kuea-mllm probe`. Interrupted, it goes on where it was.
     """
     from kuea_mllm.reporting.probe_study import probe_study_markdown
-    from kuea_mllm.workflows.probe_study import run_probe_study
+    from kuea_mllm.workflows.studies.probe_study import run_probe_study
 
     record = run_probe_study(
         out, seeds=seeds, worlds=worlds, split=split, per_set=pictures, jobs=jobs

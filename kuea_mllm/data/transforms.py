@@ -1,6 +1,6 @@
 """From a picture to the pixels that student, original and teacher share.
 
-Normalisation is not part of it: every model applies its own (see `towers.encode`).
+Normalisation is not part of it: every model applies its own (see `towers.model.encode`).
 """
 
 from __future__ import annotations

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.backend_session import BackendSession
+from kuea_mllm.evaluation.answering.opening import Placement
+from kuea_mllm.evaluation.answering.session import Session
 from kuea_mllm.evaluation.columns import build_column
 from kuea_mllm.evaluation.fewshot.plan import read_plan, write_shown
 from kuea_mllm.evaluation.fewshot.task_files import FewShotTask
-from kuea_mllm.evaluation.harness import run_lmms_eval, save_lmms_files
 from kuea_mllm.evaluation.jobs import Job
 from kuea_mllm.evaluation.judging.column import write_documents
 from kuea_mllm.evaluation.judging.finished import documents_path
 from kuea_mllm.evaluation.judging.task import judged_documents, take_over_scoring
-from kuea_mllm.evaluation.opening import Placement
+from kuea_mllm.evaluation.lmms.backend_session import BackendSession
+from kuea_mllm.evaluation.lmms.harness import run_lmms_eval, save_lmms_files
 from kuea_mllm.evaluation.provenance import describe_runtime
 from kuea_mllm.evaluation.results import load_results, write_rows
-from kuea_mllm.evaluation.session import Session
 from kuea_mllm.evaluation.suites.remarks import remarks_on
 from kuea_mllm.evaluation.thumbnails import thumbnail_writer
 from kuea_mllm.evaluation.unfinished import COLUMN, Unfinished

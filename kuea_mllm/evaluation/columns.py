@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kuea_mllm.errors import EnvironmentFailure, EvaluationError
-from kuea_mllm.evaluation.loading import document_count, main_metric
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER, Failure
+from kuea_mllm.evaluation.lmms.loading import document_count, main_metric
 from kuea_mllm.evaluation.results import Box, SampleRow, file_name, finite
 from kuea_mllm.evaluation.scores import (
     SampleScores,
@@ -22,7 +23,6 @@ from kuea_mllm.evaluation.scores import (
     is_missing_judgement,
     lost_groups,
 )
-from kuea_mllm.evaluation.session import FAILED_ANSWER, Failure
 from kuea_mllm.evaluation.statistics import (
     ALL_RIGHT_IN_CLUSTER,
     MEAN,

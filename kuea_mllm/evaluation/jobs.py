@@ -15,9 +15,9 @@ from kuea_mllm.config.evaluate import FLAMINGO_SUITE, FewShotSettings, SuiteSett
 from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.content import hash_documents
 from kuea_mllm.evaluation.fewshot.task_files import FewShotTask, require_inputs, write_fewshot_tasks
-from kuea_mllm.evaluation.harness import stdout_to_stderr
 from kuea_mllm.evaluation.judging.prompts import STOCK_TASKS
-from kuea_mllm.evaluation.loading import describe_data, load_tasks
+from kuea_mllm.evaluation.lmms.harness import stdout_to_stderr
+from kuea_mllm.evaluation.lmms.loading import describe_data, load_tasks
 from kuea_mllm.evaluation.suites.registry import (
     DataFolders,
     PlannedColumn,

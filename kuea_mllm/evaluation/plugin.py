@@ -15,5 +15,7 @@ def manifests() -> list[Any]:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [
-        ModelManifest(model_id=MODEL_ID, simple_class_path="kuea_mllm.evaluation.model.KueaMLLM")
+        ModelManifest(
+            model_id=MODEL_ID, simple_class_path="kuea_mllm.evaluation.lmms.model.KueaMLLM"
+        )
     ]

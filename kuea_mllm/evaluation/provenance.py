@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.adapters.records import read_record
-from kuea_mllm.evaluation.backend_session import BackendSession
-from kuea_mllm.evaluation.backends import Backend
+from kuea_mllm.evaluation.answering.session import Session
 from kuea_mllm.evaluation.fewshot.trials import summarise_trials
-from kuea_mllm.evaluation.session import Session
+from kuea_mllm.evaluation.lmms.backend_session import BackendSession
+from kuea_mllm.evaluation.lmms.backends import Backend
 
 if TYPE_CHECKING:
     from kuea_mllm.adapters.base import MLLMAdapter

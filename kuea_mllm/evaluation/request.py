@@ -12,8 +12,8 @@ from kuea_mllm.evaluation.suites.subset import limit_rule
 
 if TYPE_CHECKING:
     from kuea_mllm.config.evaluate import FewShotSettings, JudgeSettings, SuiteSettings
+    from kuea_mllm.evaluation.answering.opening import Placement
     from kuea_mllm.evaluation.jobs import Wishes
-    from kuea_mllm.evaluation.opening import Placement
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.config.evaluate import FewShotSettings, JudgeSettings, SuiteSettings
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.answers import require_choices
-from kuea_mllm.evaluation.backend_session import BackendSession, open_backend
-from kuea_mllm.evaluation.backends import Backend, require_backend, require_plain_tasks
+from kuea_mllm.evaluation.answering.answers import require_choices
+from kuea_mllm.evaluation.answering.opening import (
+    Placement,
+    choose_adapter,
+    choose_placement,
+    open_session,
+)
+from kuea_mllm.evaluation.answering.processes import (
+    AnsweredElsewhereError,
+    fail_together,
+    join_processes,
+    process_number,
+)
+from kuea_mllm.evaluation.answering.session import Session
 from kuea_mllm.evaluation.column_run import (
     RunOptions,
     read_columns,
@@ -35,22 +46,11 @@ from kuea_mllm.evaluation.jobs import (
 from kuea_mllm.evaluation.judging.client import require_plain_url
 from kuea_mllm.evaluation.judging.column import require_judge
 from kuea_mllm.evaluation.judging.finished import judge_finished_columns
-from kuea_mllm.evaluation.loguru_bridge import import_lmms_eval, lmms_log
-from kuea_mllm.evaluation.opening import (
-    Placement,
-    choose_adapter,
-    choose_placement,
-    open_session,
-)
+from kuea_mllm.evaluation.lmms.backend_session import BackendSession, open_backend
+from kuea_mllm.evaluation.lmms.backends import Backend, require_backend, require_plain_tasks
+from kuea_mllm.evaluation.lmms.loguru_bridge import import_lmms_eval, lmms_log
 from kuea_mllm.evaluation.plugin import MODEL_ID
-from kuea_mllm.evaluation.processes import (
-    AnsweredElsewhereError,
-    fail_together,
-    join_processes,
-    process_number,
-)
 from kuea_mllm.evaluation.request import Request
-from kuea_mllm.evaluation.session import Session
 from kuea_mllm.evaluation.suites.remarks import foreign_boxes
 from kuea_mllm.evaluation.summary import make_summary, require_few_failures, write_results
 from kuea_mllm.evaluation.unfinished import (
@@ -126,7 +126,7 @@ def evaluate(
         data: Folder of each data set.
         data_root: Folder with a sub-folder for each data set that `data` does not name.
         judge: Who grades the answers of judged columns; None leaves them without a score.
-        backend: Model class of lmms-eval that answers, ours or another (see `backends`).
+        backend: Model class of lmms-eval that answers, ours or another (see `lmms.backends`).
         backend_args: Arguments of another backend.
         shared_prefix: Compute what questions about one image share only once.
         resume: Go on with the unfinished evaluation of `out`, which must be of the same recipe,

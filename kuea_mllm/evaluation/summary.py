@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.errors import EnvironmentFailure
-from kuea_mllm.evaluation.backend_session import BackendSession
-from kuea_mllm.evaluation.backends import Backend
+from kuea_mllm.evaluation.answering.processes import process_count
+from kuea_mllm.evaluation.answering.session import Session
 from kuea_mllm.evaluation.column_run import gather_columns
 from kuea_mllm.evaluation.judging.column import describe_judge
-from kuea_mllm.evaluation.processes import process_count
+from kuea_mllm.evaluation.lmms.backend_session import BackendSession
+from kuea_mllm.evaluation.lmms.backends import Backend
 from kuea_mllm.evaluation.provenance import (
     describe_fewshot,
     describe_making,
@@ -20,7 +21,6 @@ from kuea_mllm.evaluation.provenance import (
 )
 from kuea_mllm.evaluation.request import Request
 from kuea_mllm.evaluation.results import KIND, SCHEMA_VERSION
-from kuea_mllm.evaluation.session import Session
 from kuea_mllm.evaluation.unfinished import LOG, Unfinished
 from kuea_mllm.io import atomic_directory, write_json
 from kuea_mllm.log import LOGGER
@@ -28,8 +28,8 @@ from kuea_mllm.manifest import utc_now
 
 if TYPE_CHECKING:
     from kuea_mllm.adapters.base import MLLMAdapter
+    from kuea_mllm.evaluation.answering.opening import Placement
     from kuea_mllm.evaluation.jobs import Jobs
-    from kuea_mllm.evaluation.opening import Placement
 
 
 def make_summary(

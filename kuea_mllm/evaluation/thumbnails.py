@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kuea_mllm.evaluation.answering.session import ImageObserver
 from kuea_mllm.evaluation.results import file_name
-from kuea_mllm.evaluation.session import ImageObserver
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -4,7 +4,7 @@ OUT.unfinished/
 evaluation.json       what is evaluated: recipe, model, library versions
 lmms_eval.log         lmms-eval's log of all sittings
 columns/<task>/       one finished column (see `column_run`); made whole or not at all
-answers/<task>/       answers of a column that is not (see `journal`)
+answers/<task>/       answers of a column that is not (see `answering.journal`)
 work/<task>/          whatever else a column keeps until it is finished (patch probes: their epochs)
 
 Of several processes only the first writes here, but for the answers, which each keeps itself.
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from kuea_mllm.errors import OutputError, RecipeError, UserError
-from kuea_mllm.evaluation.journal import Journal, holds_answers
-from kuea_mllm.evaluation.processes import fail_together, from_zero, process_number
+from kuea_mllm.evaluation.answering.journal import Journal, holds_answers
+from kuea_mllm.evaluation.answering.processes import fail_together, from_zero, process_number
 from kuea_mllm.evaluation.results import file_name
 from kuea_mllm.io import (
     create_directory,

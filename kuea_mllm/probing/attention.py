@@ -14,8 +14,8 @@ from torch import Tensor
 from kuea_mllm.data.source import ImageSource
 from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.errors import TowerMismatch
-from kuea_mllm.towers.attention import attention_maps
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.attention import attention_maps
+from kuea_mllm.towers.model.tower import Tower
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.errors import TowerError
 from kuea_mllm.io import read_json
 from kuea_mllm.probing.embedder import ImageEmbedder, PixelRule
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.fingerprint import fingerprint_tensors
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.fingerprint import fingerprint_tensors
+from kuea_mllm.towers.reading.load import load_tower
 
 HEADS_FILE = "heads.safetensors"
 

@@ -16,9 +16,9 @@ from torch.nn.functional import interpolate
 
 from kuea_mllm.data.transforms import ImageTransform, resizable, to_channels_first
 from kuea_mllm.errors import DataError
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.fingerprint import fingerprint_tensors
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.fingerprint import fingerprint_tensors
+from kuea_mllm.towers.model.tower import Tower
 
 Resizing = Literal["picture", "tensor"]
 

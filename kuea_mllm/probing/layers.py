@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kuea_mllm.errors import TowerError
 from kuea_mllm.teachers.teacher import Teacher
-from kuea_mllm.towers.encode import TowerEncoder
+from kuea_mllm.towers.model.encode import TowerEncoder
 
 LEAST_IMAGES = 4
 # A representation that varies less than this, in its mean square, is constant but for rounding.

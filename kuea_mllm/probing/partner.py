@@ -13,11 +13,11 @@ from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.io import read_json
 from kuea_mllm.log import LOGGER
 from kuea_mllm.manifest import recorded_source
-from kuea_mllm.towers import checkpoints
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.text_half import TOKENIZER_FILES
-from kuea_mllm.towers.text_tower import TextTower, has_text_tower, load_text_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.files import checkpoints
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.reading.text_half import TOKENIZER_FILES
+from kuea_mllm.towers.reading.text_tower import TextTower, has_text_tower, load_text_tower
 
 _REMEDY = (
     "Give --base: the full CLIP or SigLIP that the tower was made from, such as "
@@ -75,7 +75,7 @@ def load_partner(tower: Tower, base: str | None = None, *, device: str = "cpu") 
 
     Args:
         tower: The vision tower.
-        base: A whole CLIP or SigLIP; see `towers.text_tower.load_text_tower`.
+        base: A whole CLIP or SigLIP; see `towers.reading.text_tower.load_text_tower`.
         device: Where texts are embedded.
 
     Raises:

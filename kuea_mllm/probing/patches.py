@@ -21,9 +21,9 @@ from kuea_mllm.probing.patch_heads import Task, TokenShape
 from kuea_mllm.probing.patch_labels import COCO_STUFF_CLASSES, LabelledPictures
 from kuea_mllm.probing.patch_tally import Tally
 from kuea_mllm.probing.patch_training import PatchSettings, TokenEncoder, train_heads
-from kuea_mllm.towers.encode import normalise
-from kuea_mllm.towers.fingerprint import fingerprint_tensors
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.encode import normalise
+from kuea_mllm.towers.model.fingerprint import fingerprint_tensors
+from kuea_mllm.towers.model.tower import Tower
 
 SUITE = "patch"
 STATISTIC = "macro_recall"

@@ -28,8 +28,8 @@ from kuea_mllm.probing.embedder import ImageEmbedder, PixelRule
 from kuea_mllm.probing.partner import require_recorded
 from kuea_mllm.teachers.load import load_teacher
 from kuea_mllm.teachers.teacher import Teacher
-from kuea_mllm.towers.fingerprint import fingerprint_tensors
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.model.fingerprint import fingerprint_tensors
+from kuea_mllm.towers.reading.load import load_tower
 from kuea_mllm.towers.spec import TowerSpec
 
 WEIGHTS_FILE = "projection.safetensors"

@@ -24,7 +24,7 @@ def peft_tables(record: Mapping[str, Any]) -> list[Table]:
     """Return scores, and differences with each kind of interval that there is.
 
     Args:
-        record: `scores` and `differences` as `workflows.peft_scores.summarise_peft` returns them.
+        record: `scores` and `differences`, from `workflows.studies.peft_scores.summarise_peft`.
     """
     worlds = _count_worlds(record)
     tables = [_scores(record, worlds)]

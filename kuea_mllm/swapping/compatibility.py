@@ -25,9 +25,9 @@ from kuea_mllm.swapping.lineage import (
 from kuea_mllm.swapping.reference import tower_inside
 from kuea_mllm.swapping.report import Check, CompatibilityReport, Drift, Lineage
 from kuea_mllm.swapping.sources import TowerLike, referenced_state
-from kuea_mllm.towers.locate import OPTIONAL
-from kuea_mllm.towers.mix import mix_states
-from kuea_mllm.towers.weight_checks import rounded_to_half
+from kuea_mllm.towers.formats.locate import OPTIONAL
+from kuea_mllm.towers.model.mix import mix_states
+from kuea_mllm.towers.model.weight_checks import rounded_to_half
 
 __all__ = [
     "Check",

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from kuea_mllm.adapters.base import Tap
 from kuea_mllm.diagnostics import TokenDrift, embedding_drift
 from kuea_mllm.swapping.report import Check, Drift
-from kuea_mllm.towers import keys
-from kuea_mllm.towers.probe_images import probe_pixels
+from kuea_mllm.towers.converting.probe_images import probe_pixels
+from kuea_mllm.towers.formats import keys
+from kuea_mllm.towers.model.streaming import Reading, read_outputs
 from kuea_mllm.towers.spec import TowerSpec
-from kuea_mllm.towers.streaming import Reading, read_outputs
 
 # Relative drift of the tokens that a frozen MLLM reads. In the mini world (docs/miniworld.md) up to
 # 0.05 left LLaVA's answers as they were, 0.09 cost 1.7 points and 0.11 cost 8.8.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from kuea_mllm.adapters.base import TowerSlot
 from kuea_mllm.model_files import TensorEntry, tensor_entries
-from kuea_mllm.towers.locate import expected_shapes, locate_tensors
-from kuea_mllm.towers.model_copy import RECORD_FILE
-from kuea_mllm.towers.shards import FileState
+from kuea_mllm.towers.files.model_copy import RECORD_FILE
+from kuea_mllm.towers.files.shards import FileState
+from kuea_mllm.towers.formats.locate import expected_shapes, locate_tensors
 
 MANIFEST_FILE = RECORD_FILE
 

@@ -12,8 +12,8 @@ from kuea_mllm.adapters.base import TowerSlot
 from kuea_mllm.errors import TowerMismatch
 from kuea_mllm.model_files import TensorEntry
 from kuea_mllm.swapping.report import Check
-from kuea_mllm.towers import keys
-from kuea_mllm.towers.locate import OPTIONAL
+from kuea_mllm.towers.formats import keys
+from kuea_mllm.towers.formats.locate import OPTIONAL
 from kuea_mllm.towers.spec import TowerSpec, Triple, default_preprocessing
 
 DTYPES = {

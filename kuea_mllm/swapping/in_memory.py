@@ -18,8 +18,8 @@ from kuea_mllm.swapping.lineage import judge_lineage, scan_weights, value_check
 from kuea_mllm.swapping.receipt import SwapReceipt
 from kuea_mllm.swapping.report import CompatibilityReport
 from kuea_mllm.swapping.sources import TowerLike
-from kuea_mllm.towers import keys
-from kuea_mllm.towers.fingerprint import fingerprint_state
+from kuea_mllm.towers.formats import keys
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
 
 
 def swap_tower(

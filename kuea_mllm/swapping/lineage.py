@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kuea_mllm.swapping.fit import FittedState
 from kuea_mllm.swapping.report import Check, Lineage, Relation
-from kuea_mllm.towers.fingerprint import fingerprint_state
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
 
 # Cosine between the weight matrices of two towers. KUEA's learning rate of 1e-5 moves them by a few
 # percent (cosine above 0.99); independent trainings are near 0. Between the two lies what a mix or

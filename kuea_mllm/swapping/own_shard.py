@@ -20,7 +20,7 @@ from kuea_mllm.errors import UserError
 from kuea_mllm.io import write_json
 from kuea_mllm.model_files import INDEX_FILE, TensorEntry, tensor_entries, weight_files
 from kuea_mllm.swapping.files import TowerPlace
-from kuea_mllm.towers.model_copy import copy_file, files_of, take_over, try_link
+from kuea_mllm.towers.files.model_copy import copy_file, files_of, take_over, try_link
 
 _CHUNK = 16 << 20
 _ALIGNMENT = 8

@@ -32,15 +32,15 @@ from kuea_mllm.model_files import (
 )
 from kuea_mllm.swapping.files import MANIFEST_FILE
 from kuea_mllm.swapping.fit import FittedState
-from kuea_mllm.towers import convert, keys
-from kuea_mllm.towers.checkpoints import read_checkpoint_file
-from kuea_mllm.towers.fingerprint import ROUNDINGS, fingerprint_state
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.locate import expected_shapes, locate_tensors
-from kuea_mllm.towers.model_copy import copy_file, copy_model, files_of, try_link
-from kuea_mllm.towers.save import save_tower
-from kuea_mllm.towers.shards import as_planned, loaded_shards, open_shard, write_safetensors
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.files.checkpoints import read_checkpoint_file
+from kuea_mllm.towers.files.model_copy import copy_file, copy_model, files_of, try_link
+from kuea_mllm.towers.files.shards import as_planned, loaded_shards, open_shard, write_safetensors
+from kuea_mllm.towers.formats import convert, keys
+from kuea_mllm.towers.formats.locate import expected_shapes, locate_tensors
+from kuea_mllm.towers.model.fingerprint import ROUNDINGS, fingerprint_state
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 
 _WEIGHTS = "model.safetensors"
 _ANCHOR = "embeddings.patch_embedding.weight"

@@ -19,12 +19,12 @@ from kuea_mllm.io import read_json
 from kuea_mllm.model_files import INDEX_FILE, SINGLE_FILE, tensor_entries
 from kuea_mllm.swapping.files import locate_tower
 from kuea_mllm.swapping.fit import spec_of_slot
-from kuea_mllm.towers import keys
-from kuea_mllm.towers.fingerprint import fingerprint_state
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.shards import FileState
+from kuea_mllm.towers.files.shards import FileState
+from kuea_mllm.towers.formats import keys
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
 from kuea_mllm.towers.spec import TowerSpec
-from kuea_mllm.towers.tower import Tower
 
 MLLM_LAYOUT = "mllm_directory"
 

@@ -29,10 +29,10 @@ from kuea_mllm.swapping.receipt import SwapReceipt
 from kuea_mllm.swapping.reference import write_reference_swap
 from kuea_mllm.swapping.report import CompatibilityReport
 from kuea_mllm.swapping.sources import TowerLike, tower_state
-from kuea_mllm.towers.fingerprint import fingerprint_all, fingerprint_state
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.model_copy import copy_model
-from kuea_mllm.towers.tower import Tower, build_model
+from kuea_mllm.towers.files.model_copy import copy_model
+from kuea_mllm.towers.model.fingerprint import fingerprint_all, fingerprint_state
+from kuea_mllm.towers.model.tower import Tower, build_model
+from kuea_mllm.towers.reading.load import load_tower
 
 CARD_FILE = "README.md"
 BASE_CARD_FILE = "README.base.md"

@@ -20,7 +20,7 @@ from kuea_mllm.adapters.records import (
 from kuea_mllm.adapters.registry import adapter_for, get_adapter
 from kuea_mllm.swapping.reference import check_reference
 from kuea_mllm.swapping.sources import TowerLike, tower_state
-from kuea_mllm.towers.fingerprint import ROUNDINGS, fingerprint_all, fingerprint_state
+from kuea_mllm.towers.model.fingerprint import ROUNDINGS, fingerprint_all, fingerprint_state
 
 
 @dataclass(frozen=True)

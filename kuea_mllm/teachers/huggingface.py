@@ -14,8 +14,8 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedModel
 
 from kuea_mllm.errors import TowerError
 from kuea_mllm.teachers.backbone import RawOutput, TokenLayout
-from kuea_mllm.towers.checkpoints import read_config
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.files.checkpoints import read_config
+from kuea_mllm.towers.reading.load import load_tower
 
 _TOWER_TYPES = {"clip", "clip_vision_model", "siglip", "siglip_vision_model"}
 _NAFLEX_TYPES = {"siglip2", "siglip2_vision_model"}

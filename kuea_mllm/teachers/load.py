@@ -12,12 +12,12 @@ from kuea_mllm.model_files import image_settings_file
 from kuea_mllm.teachers.backbone import Backbone
 from kuea_mllm.teachers.huggingface import HuggingFaceBackbone, load_huggingface
 from kuea_mllm.teachers.teacher import Readout, Teacher
-from kuea_mllm.towers.checkpoints import (
+from kuea_mllm.towers.files.checkpoints import (
     is_open_clip_repository,
     read_config,
     resolve_source,
 )
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.reading.load import load_tower
 from kuea_mllm.towers.spec import Preprocessing, Triple, parse_preprocessor
 
 Normalisation = Literal["own", "student"]

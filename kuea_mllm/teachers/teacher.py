@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from kuea_mllm.errors import TowerError
 from kuea_mllm.features import Features
 from kuea_mllm.teachers.backbone import Backbone, RawOutput, TokenLayout
-from kuea_mllm.towers.encode import normalise
-from kuea_mllm.towers.fingerprint import fingerprint_tensors
+from kuea_mllm.towers.model.encode import normalise
+from kuea_mllm.towers.model.fingerprint import fingerprint_tensors
 from kuea_mllm.towers.spec import Triple
 
 Readout = Literal["cls", "pooled", "mean_patch"]

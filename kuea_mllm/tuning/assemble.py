@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kuea_mllm.adapters.records import name_tower, read_record
 from kuea_mllm.log import LOGGER
-from kuea_mllm.towers.fingerprint import fingerprint_state
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
 from kuea_mllm.training.callbacks import MetricsFile, StopWhenDiverged, TrainingProgress
 from kuea_mllm.training.distributed import any_process, in_turn, rank, world_size
 from kuea_mllm.training.interruption import Interruption, SaveCheckpoints

@@ -17,9 +17,9 @@ from kuea_mllm.adapters.base import TowerSlot
 from kuea_mllm.adapters.registry import read_model_config
 from kuea_mllm.errors import UserError
 from kuea_mllm.model_files import TensorEntry, tensor_entries
-from kuea_mllm.towers.fingerprint import fingerprint_state
-from kuea_mllm.towers.locate import expected_shapes, locate_tensors
-from kuea_mllm.towers.shards import FileState
+from kuea_mllm.towers.files.shards import FileState
+from kuea_mllm.towers.formats.locate import expected_shapes, locate_tensors
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
 
 # Of programs and places, not of the model.
 _SKIPPED_KEYS = {

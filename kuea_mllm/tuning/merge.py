@@ -16,8 +16,8 @@ from kuea_mllm.errors import EnvironmentFailure, OutputError
 from kuea_mllm.io import atomic_directory, require_free_output
 from kuea_mllm.log import LOGGER
 from kuea_mllm.model_files import weight_files
-from kuea_mllm.towers.fingerprint import fingerprint_all
-from kuea_mllm.towers.model_copy import copy_model
+from kuea_mllm.towers.files.model_copy import copy_model
+from kuea_mllm.towers.model.fingerprint import fingerprint_all
 from kuea_mllm.tuning.base_identity import tower_state
 from kuea_mllm.tuning.merge_plan import MergePlan, make_plan
 from kuea_mllm.tuning.merge_record import MergeReceipt, write_merge_record

@@ -17,7 +17,7 @@ from kuea_mllm.adapters.registry import adapter_for, get_adapter, read_model_con
 from kuea_mllm.errors import UserError
 from kuea_mllm.log import LOGGER
 from kuea_mllm.model_files import TensorEntry
-from kuea_mllm.towers.model_copy import RECORD_FILE
+from kuea_mllm.towers.files.model_copy import RECORD_FILE
 from kuea_mllm.tuning.base_identity import (
     identify_base,
     recorded_identity,

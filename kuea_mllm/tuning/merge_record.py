@@ -11,7 +11,7 @@ from kuea_mllm.adapters.records import SWAPPED, describe_slot, read_record
 from kuea_mllm.io import write_json, write_text
 from kuea_mllm.manifest import SCHEMA_VERSION, library_versions, utc_now
 from kuea_mllm.model_card import CARD_FILE, base_card_metadata
-from kuea_mllm.towers.model_copy import RECORD_FILE
+from kuea_mllm.towers.files.model_copy import RECORD_FILE
 from kuea_mllm.tuning.merge_plan import MergePlan
 from kuea_mllm.tuning.merged_card import render_merged_card
 

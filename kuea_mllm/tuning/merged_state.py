@@ -12,7 +12,7 @@ from torch import Tensor
 from kuea_mllm.adapters.lora_directory import LoraDirectory
 from kuea_mllm.errors import EnvironmentFailure, UserError
 from kuea_mllm.model_files import TensorEntry
-from kuea_mllm.towers.shards import FileState
+from kuea_mllm.towers.files.shards import FileState
 
 
 class MergedState(Mapping[str, Tensor]):

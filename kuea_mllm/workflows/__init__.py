@@ -1,1 +1,1 @@
-"""Several engines in a row: the quickstart and the multi-seed study."""
+"""Several engines in a row: one module for each verb that needs them, and studies."""

@@ -17,8 +17,13 @@ from typing import Any
 import yaml
 
 from kuea_mllm.errors import EnvironmentFailure, OutputError, RecipeError, UserError
-from kuea_mllm.evaluation.compare import compare_results
-from kuea_mllm.evaluation.processes import fail_together, from_zero, join_processes, process_number
+from kuea_mllm.evaluation.answering.processes import (
+    fail_together,
+    from_zero,
+    join_processes,
+    process_number,
+)
+from kuea_mllm.evaluation.comparing.compare import compare_results
 from kuea_mllm.evaluation.results import load_results
 from kuea_mllm.evaluation.unfinished import FREE_KEYS, fingerprint_files, flatten, unfinished_path
 from kuea_mllm.io import create_directory, write_json

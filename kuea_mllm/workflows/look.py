@@ -37,9 +37,9 @@ from kuea_mllm.probing.layers import (
 from kuea_mllm.probing.neighbours import ALIGNED, ORIGINAL, TEACHER, PairSurvey, survey_pairs
 from kuea_mllm.teachers.load import load_teacher
 from kuea_mllm.teachers.teacher import Readout, Teacher
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
 from kuea_mllm.workflows.look_record import (
     Embeddings,
     compare_embeddings,

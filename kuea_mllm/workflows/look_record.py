@@ -13,7 +13,7 @@ from kuea_mllm.diagnostics import embedding_drift, linear_cka
 from kuea_mllm.probing.kernel_views import mean_gap
 from kuea_mllm.probing.neighbours import ALIGNED, ORIGINAL, PairSurvey
 from kuea_mllm.teachers.teacher import Teacher
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.tower import Tower
 
 Embeddings = dict[str, NDArray[np.float32]]
 

@@ -26,7 +26,7 @@ import yaml
 from kuea_mllm.config.probe import SUITES, ProbeRecipe
 from kuea_mllm.config.recipes import recipe_to_yaml
 from kuea_mllm.errors import OutputError, RecipeError, UserError
-from kuea_mllm.evaluation.compare import compare_results
+from kuea_mllm.evaluation.comparing.compare import compare_results
 from kuea_mllm.evaluation.results import KIND, SCHEMA_VERSION, load_results
 from kuea_mllm.evaluation.unfinished import (
     COLUMN,

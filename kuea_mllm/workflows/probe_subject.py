@@ -13,8 +13,8 @@ from kuea_mllm.probing.partner import TextPartner, load_partner, open_partner
 from kuea_mllm.probing.patch_training import TokenEncoder
 from kuea_mllm.probing.patches import tower_tokens
 from kuea_mllm.probing.projection import Projection, is_projection, load_projection
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
 
 _NAMES_OF_PARTS = frozenset(("tower", "projection", "clip"))
 
@@ -175,7 +175,7 @@ def open_subject(
     """Load what is to be probed.
 
     Args:
-        reference: Anything that `towers.load.load_tower` opens, or a projection's directory.
+        reference: Whatever `towers.reading.load.load_tower` opens, or a projection's directory.
         base: A whole CLIP to take the text tower from; None finds it.
         activation: For checkpoint files, which do not state it.
         heads: Likewise.

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from kuea_mllm.alignment.run import AlignmentResult
-from kuea_mllm.evaluation.compare import compare_results
+from kuea_mllm.evaluation.comparing.compare import compare_results
 from kuea_mllm.io import disk_errors_named, read_json, require_free_output, write_json
 from kuea_mllm.manifest import library_versions
 from kuea_mllm.miniworld import ASSETS
@@ -32,10 +32,10 @@ from kuea_mllm.reporting.shots import shots_comparison_text, shots_section
 from kuea_mllm.reporting.tables import comparison_text
 from kuea_mllm.reporting.view import parse_comparison
 from kuea_mllm.swapping import SwapReceipt
-from kuea_mllm.workflows.flamingo import compare_in_flamingo
-from kuea_mllm.workflows.peft_scores import read_answers, summarise_peft
-from kuea_mllm.workflows.peft_table import CONVERSATIONS, make_peft_models
-from kuea_mllm.workflows.steps import (
+from kuea_mllm.workflows.studies.flamingo import compare_in_flamingo
+from kuea_mllm.workflows.studies.peft_scores import read_answers, summarise_peft
+from kuea_mllm.workflows.studies.peft_table import CONVERSATIONS, make_peft_models
+from kuea_mllm.workflows.studies.steps import (
     align_miniworld,
     answer_questions,
     score_encoder,

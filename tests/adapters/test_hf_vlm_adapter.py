@@ -26,7 +26,7 @@ from kuea_mllm.adapters.hf_vlm.adapter import HFVLMAdapter
 from kuea_mllm.adapters.hf_vlm.structure import find_tower
 from kuea_mllm.errors import TowerMismatch, UserError
 from kuea_mllm.model_files import TensorEntry
-from kuea_mllm.towers.locate import expected_shapes, locate_tensors
+from kuea_mllm.towers.formats.locate import expected_shapes, locate_tensors
 
 ADAPTER = HFVLMAdapter()
 

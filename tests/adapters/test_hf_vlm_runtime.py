@@ -28,7 +28,7 @@ from kuea_mllm.adapters.conformance import problems_of
 from kuea_mllm.adapters.hf_vlm.adapter import HFVLMAdapter
 from kuea_mllm.adapters.hf_vlm.runtime import HFVLMRuntime
 from kuea_mllm.errors import UserError
-from kuea_mllm.towers.fingerprint import fingerprint_state
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
 
 ADAPTER = HFVLMAdapter()
 TEMPLATE = (

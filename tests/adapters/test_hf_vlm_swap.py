@@ -25,8 +25,8 @@ from kuea_mllm.adapters.hf_vlm.adapter import HFVLMAdapter
 from kuea_mllm.errors import TowerMismatch
 from kuea_mllm.swapping import swap_tower, swap_tower_files, tower_fingerprint_of
 from kuea_mllm.swapping.sources import tower_of_mllm
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
 
 ADAPTER = HFVLMAdapter()
 # Their text models decide about tied embeddings, not the option of the whole model.

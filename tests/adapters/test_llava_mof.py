@@ -23,8 +23,8 @@ from kuea_mllm.errors import OutputError, TowerMismatch, UserError
 from kuea_mllm.planning.tuning_memory import model_sizes
 from kuea_mllm.planning.tuning_models import find_mllm
 from kuea_mllm.swapping import swap_tower_files
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.save import save_tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 from kuea_mllm.tuning.quantised import quantization_config
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -24,7 +24,7 @@ from kuea_mllm.swapping import swap_tower_files
 from kuea_mllm.swapping.reference import check_reference, tower_inside
 from kuea_mllm.swapping.sources import load_any_tower
 from kuea_mllm.swapping.verify import verify_model
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.reading.load import load_tower
 
 ADAPTER = LlavaAdapter()
 FORMS = {

@@ -13,7 +13,7 @@ from kuea_mllm.adapters.base import ChatRequest
 from kuea_mllm.adapters.llava.adapter import LlavaAdapter
 from kuea_mllm.adapters.llava.runtime import LlavaRuntime
 from kuea_mllm.errors import DataError, UserError
-from kuea_mllm.towers.fingerprint import fingerprint_state
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
 
 
 @pytest.fixture(scope="module")

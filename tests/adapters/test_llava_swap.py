@@ -20,9 +20,9 @@ from transformers import (
 from kuea_mllm.adapters.llava.adapter import LlavaAdapter
 from kuea_mllm.errors import TowerMismatch
 from kuea_mllm.swapping import swap_tower, swap_tower_files, tower_fingerprint_of
-from kuea_mllm.towers.fingerprint import fingerprint_state
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
 
 ADAPTER = LlavaAdapter()
 PREFIXES = [

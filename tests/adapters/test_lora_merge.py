@@ -24,8 +24,8 @@ from kuea_mllm.model_files import tensor_entries
 from kuea_mllm.swapping import swap_tower_files
 from kuea_mllm.swapping.sources import load_any_tower
 from kuea_mllm.swapping.verify import verify_model
-from kuea_mllm.towers import model_copy
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.files import model_copy
+from kuea_mllm.towers.reading.load import load_tower
 from kuea_mllm.tuning.base_identity import identify_base
 from kuea_mllm.tuning.merge import merge_adapter, plan_merge
 from kuea_mllm.tuning.quantised import quantization_config

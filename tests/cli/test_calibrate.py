@@ -13,7 +13,7 @@ from kuea_mllm.cli.calibrate import calibrate as command
 from kuea_mllm.config.align import AlignRecipe
 from kuea_mllm.config.recipes import load_recipe
 from kuea_mllm.miniworld import ASSETS
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.reading.load import load_tower
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers import CLIPModel
 
 from kuea_mllm.adapters import registry
 from kuea_mllm.miniworld import ASSETS
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.reading.load import load_tower
 
 CLIP = ASSETS / "clip"
 STATED = ["--activation=quick_gelu", "--heads=2"]
@@ -106,7 +106,7 @@ def test_mixes_are_written_one_or_many(kuea, tmp_path):
     with torch.no_grad():
         for parameter in tuned.model.parameters():
             parameter.mul_(1.01)
-    from kuea_mllm.towers.save import save_tower
+    from kuea_mllm.towers.writing.save import save_tower
 
     save_tower(tuned, tmp_path / "tuned", manifest={})
     mix = ["convert", tmp_path / "tuned", tmp_path / "out", f"--original={CLIP}"]

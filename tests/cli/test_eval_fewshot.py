@@ -13,7 +13,7 @@ NAME = "flamingo_paper"
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from kuea_mllm.evaluation import opening
+    from kuea_mllm.evaluation.answering import opening
 
     class Adapter:
         def check_base(self, base: Path) -> None:

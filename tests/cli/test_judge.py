@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "evaluation"))
 
 from chat_server import ChatServer, Trouble, serve, text_of
 
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.judging import client
 from kuea_mllm.evaluation.judging.column import write_documents
 from kuea_mllm.evaluation.judging.finished import documents_path
 from kuea_mllm.evaluation.judging.prompts import JudgedDocument
 from kuea_mllm.evaluation.results import SCHEMA_VERSION, SampleRow, load_results, write_rows
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 from kuea_mllm.io import write_json
 
 TASK = "kuea_paper_llava_wild"

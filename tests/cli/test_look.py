@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kuea_mllm.miniworld import ASSETS
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.resize import resize_tower
-from kuea_mllm.towers.save import save_tower
+from kuea_mllm.towers.model.resize import resize_tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 
 CLIP, TEACHER = ASSETS / "clip", ASSETS / "teacher"
 

@@ -10,8 +10,8 @@ import yaml
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.miniworld.images import write_images
 from kuea_mllm.miniworld.probe_sets import write_probe_sets
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.save import save_tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 from kuea_mllm.workflows import probe as workflow
 
 CLIP = ASSETS / "clip"

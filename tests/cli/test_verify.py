@@ -57,7 +57,7 @@ def test_directory_that_is_no_model_is_one_line(kuea, tmp_path):
 
 def test_evaluation_names_the_tower(swapped, caplog):
     from kuea_mllm.adapters.llava import MANIFEST
-    from kuea_mllm.evaluation.opening import Placement, open_session
+    from kuea_mllm.evaluation.answering.opening import Placement, open_session
 
     (swapped / "pytorch_model.bin").write_text("stale")
     with caplog.at_level("INFO", logger="kuea_mllm"):

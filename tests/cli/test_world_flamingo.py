@@ -10,8 +10,8 @@ import torch
 from kuea_mllm.miniworld import ASSETS, train_flamingo
 from kuea_mllm.miniworld.flamingo import TASKS
 from kuea_mllm.miniworld.training import Schedule
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.save import save_tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 
 
 @pytest.fixture(autouse=True)

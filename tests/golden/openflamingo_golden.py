@@ -19,7 +19,7 @@ from kuea_mllm.adapters.openflamingo.processing import (
     OpenFlamingoImageProcessor,
     OpenFlamingoProcessor,
 )
-from kuea_mllm.towers.load import Tower, load_tower
+from kuea_mllm.towers.reading.load import Tower, load_tower
 
 TOLERANCE = 1e-4
 

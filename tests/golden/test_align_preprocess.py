@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.teachers import resize_pixels
-from kuea_mllm.towers.encode import normalise
+from kuea_mllm.towers.model.encode import normalise
 from kuea_mllm.towers.spec import CLIP_MEAN, CLIP_STD
 
 FILE = "preprocess.safetensors"

@@ -20,14 +20,14 @@ from golden_files import (
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from kuea_mllm.towers import convert
-from kuea_mllm.towers.checkpoints import read_checkpoint_file
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.fingerprint import fingerprint_state
-from kuea_mllm.towers.load import Tower, load_tower
-from kuea_mllm.towers.openai_export import save_openai
-from kuea_mllm.towers.resize import resize_position_embedding, resize_tower
-from kuea_mllm.towers.save import export_visual, save_tower, save_visual
+from kuea_mllm.towers.files.checkpoints import read_checkpoint_file
+from kuea_mllm.towers.formats import convert
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
+from kuea_mllm.towers.model.resize import resize_position_embedding, resize_tower
+from kuea_mllm.towers.reading.load import Tower, load_tower
+from kuea_mllm.towers.writing.openai_export import save_openai
+from kuea_mllm.towers.writing.save import export_visual, save_tower, save_visual
 
 # Of a reference's largest number where that exceeds one, as tokens of deep blocks do.
 PRECISIONS = {"float64": (torch.float64, 1e-10), "float32": (torch.float32, 5e-6)}

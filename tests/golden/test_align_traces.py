@@ -14,7 +14,7 @@ from kuea_mllm.config.align import OptimConfig, RuntimeConfig
 from kuea_mllm.features import Features
 from kuea_mllm.kernels import PolynomialKernel
 from kuea_mllm.objectives import KernelTerm, Objective, PreservationTerm
-from kuea_mllm.towers.convert import (
+from kuea_mllm.towers.formats.convert import (
     canonical_to_hf,
     canonical_to_visual,
     hf_to_canonical,

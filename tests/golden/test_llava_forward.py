@@ -23,8 +23,8 @@ from transformers import LlavaForConditionalGeneration
 from kuea_mllm.adapters.llava.adapter import LlavaAdapter
 from kuea_mllm.adapters.llava.import_original import import_original
 from kuea_mllm.swapping import swap_tower_files
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
 
 GOLDEN = Path(os.environ.get("KUEA_GOLDEN_DIR", Path(__file__).parent)) / "llava"
 MODEL = GOLDEN / "model"

@@ -24,8 +24,8 @@ from kuea_mllm.errors import DataError
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.miniworld.images import write_images
 from kuea_mllm.teachers import load_teacher
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.reading.load import load_tower
 
 COUNT, BATCH = 48, 16
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ import pytest
 
 from kuea_mllm.adapters.base import TowerSlot
 from kuea_mllm.errors import KueaError
-from kuea_mllm.evaluation.compare import compare_results
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
+from kuea_mllm.evaluation.comparing.compare import compare_results
 from kuea_mllm.evaluation.results import load_results
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 from kuea_mllm.io import read_json, write_json
 
 QUESTIONS = 10

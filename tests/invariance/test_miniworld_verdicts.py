@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kuea_mllm.adapters.base import ChatRequest
+from kuea_mllm.evaluation.answering.opening import choose_adapter
 from kuea_mllm.evaluation.columns import Column, ColumnKind, fingerprint_rows, score_column
-from kuea_mllm.evaluation.compare import compare_results
-from kuea_mllm.evaluation.opening import choose_adapter
+from kuea_mllm.evaluation.comparing.compare import compare_results
 from kuea_mllm.evaluation.results import KIND, SCHEMA_VERSION, SampleRow, write_rows
 from kuea_mllm.io import write_json
 from kuea_mllm.miniworld import ASSETS

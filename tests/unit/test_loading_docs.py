@@ -29,9 +29,9 @@ from kuea_mllm.adapters.registry import get_adapter
 from kuea_mllm.cli.main import app
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.swapping import swap_tower_files
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.save import save_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 
 PAGE = Path(__file__).parents[2] / "docs" / "loading.md"
 BASE = "openai/clip-vit-large-patch14-336"

@@ -17,7 +17,7 @@ from kuea_mllm.model_card import (
     read_front_matter,
 )
 from kuea_mllm.swapping.card import render_mllm_card
-from kuea_mllm.towers.card import render_card
+from kuea_mllm.towers.writing.card import render_card
 
 SPEC = {
     "family": "clip",

@@ -27,10 +27,10 @@ from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.model_card import read_front_matter
 from kuea_mllm.share import check_upload, push_directory
 from kuea_mllm.swapping import swap_tower_files
-from kuea_mllm.towers.card import render_card
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.open_clip_export import read_open_clip_text, save_open_clip
-from kuea_mllm.towers.save import save_tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.card import render_card
+from kuea_mllm.towers.writing.open_clip_export import read_open_clip_text, save_open_clip
+from kuea_mllm.towers.writing.save import save_tower
 
 REPO = "ada/aligned"
 MANIFEST = {

@@ -22,17 +22,21 @@ from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.swapping import inspect_fit, swap_tower_files, verify_model
 from kuea_mllm.swapping.report import CompatibilityReport
-from kuea_mllm.towers.encode import normalise
-from kuea_mllm.towers.fingerprint import fingerprint_all
-from kuea_mllm.towers.inspect import inspect_source
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.own_library import open_in_own_library
-from kuea_mllm.towers.parity import compare_outputs, outputs_in_own_library, outputs_of_tower
-from kuea_mllm.towers.probe_images import probe_pixels
-from kuea_mllm.towers.resize import resize_tower
-from kuea_mllm.towers.save import export_visual, save_visual
+from kuea_mllm.towers.converting.parity import (
+    compare_outputs,
+    outputs_in_own_library,
+    outputs_of_tower,
+)
+from kuea_mllm.towers.converting.probe_images import probe_pixels
+from kuea_mllm.towers.inspecting.inspect import inspect_source
+from kuea_mllm.towers.model.encode import normalise
+from kuea_mllm.towers.model.fingerprint import fingerprint_all
+from kuea_mllm.towers.model.resize import resize_tower
+from kuea_mllm.towers.model.tower import Tower, build_meta_model, build_model
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.reading.own_library import open_in_own_library
 from kuea_mllm.towers.spec import SIGLIP_MEAN, SIGLIP_STD, TowerSpec
-from kuea_mllm.towers.tower import Tower, build_meta_model, build_model
+from kuea_mllm.towers.writing.save import export_visual, save_visual
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "silent_failures.md"
 BASE, CLIP = ASSETS / "llava", ASSETS / "clip"

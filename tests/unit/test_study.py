@@ -2,7 +2,7 @@
 
 import pytest
 
-from kuea_mllm.workflows.study import VARIANTS, study_markdown, summarise
+from kuea_mllm.workflows.studies.study import VARIANTS, study_markdown, summarise
 
 
 def result(seed, **scores):

@@ -7,8 +7,8 @@ import pytest
 from kuea_mllm.config.recipes import list_shipped, load_recipe
 from kuea_mllm.config.sweep import SweepRecipe
 from kuea_mllm.errors import RecipeError, UserError
+from kuea_mllm.workflows.studies.trials import TrialPlace, _require_same_amounts
 from kuea_mllm.workflows.sweep import plan_sweep
-from kuea_mllm.workflows.trials import TrialPlace, _require_same_amounts
 
 SHIPPED = [recipe.name for recipe in list_shipped("sweep")]
 

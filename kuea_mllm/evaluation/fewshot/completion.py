@@ -11,7 +11,7 @@ from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.fewshot.images import FeatureCache, StoredImage
 
 if TYPE_CHECKING:
-    from kuea_mllm.evaluation.questions import GenerationSettings, PendingQuestion
+    from kuea_mllm.evaluation.answering.questions import GenerationSettings, PendingQuestion
 
 DEFAULT_CAPACITY = 8192
 

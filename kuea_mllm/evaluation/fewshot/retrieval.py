@@ -23,13 +23,13 @@ from kuea_mllm.data.cache import cache_folder
 from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.devices import choose_device
 from kuea_mllm.errors import EvaluationError, TowerError
+from kuea_mllm.evaluation.answering.preparing import strict_image_files
 from kuea_mllm.evaluation.fewshot.images import StoredImage
-from kuea_mllm.evaluation.preparing import strict_image_files
 from kuea_mllm.io import create_directory
 from kuea_mllm.log import LOGGER
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
 
 _QUERIES_AT_ONCE = 256
 _FOLDER = "retrieval"

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kuea_mllm.evaluation.answering.questions import read_generation_kwargs
 from kuea_mllm.evaluation.fewshot.completion import Completer, require_fit
 from kuea_mllm.evaluation.fewshot.examples import Example, read_examples
 from kuea_mllm.evaluation.fewshot.plan import Plan, read_plan
 from kuea_mllm.evaluation.fewshot.prompts import build_prompt, demonstration, question
 from kuea_mllm.evaluation.fewshot.task_files import FewShotTask
-from kuea_mllm.evaluation.questions import read_generation_kwargs
 
 _AT_ONCE = 4096
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from kuea_mllm.adapters.fewshot_text import cut_answer, cut_caption
 from kuea_mllm.errors import EvaluationError
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.fewshot.captions import score_captions
 from kuea_mllm.evaluation.fewshot.datasets import CLASS_NAMES
 from kuea_mllm.evaluation.fewshot.examples import read_examples
@@ -19,7 +20,6 @@ from kuea_mllm.evaluation.fewshot.plan import Plan, read_plan
 from kuea_mllm.evaluation.fewshot.prompts import build_prompt
 from kuea_mllm.evaluation.fewshot.stemming import Stemmer, load_language
 from kuea_mllm.evaluation.fewshot.vqa_accuracy import vqa_accuracy
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 
 Document = Mapping[str, Any]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.errors import EnvironmentFailure, EvaluationError
-from kuea_mllm.evaluation.generation import HOPELESS
+from kuea_mllm.evaluation.answering.generation import HOPELESS
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.judging.client import (
     JudgeClient,
     JudgeStopped,
@@ -26,7 +27,6 @@ from kuea_mllm.evaluation.judging.prompts import (
 )
 from kuea_mllm.evaluation.judging.verdicts import VerdictFile, hash_request, parse_verdict
 from kuea_mllm.evaluation.results import SampleRow
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 from kuea_mllm.log import LOGGER
 from kuea_mllm.manifest import utc_now
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kuea_mllm.errors import EnvironmentFailure, EvaluationError
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.columns import Column, score_column
 from kuea_mllm.evaluation.judging.column import (
     describe_judge,
@@ -21,7 +22,6 @@ from kuea_mllm.evaluation.judging.column import (
     require_judge,
 )
 from kuea_mllm.evaluation.results import Results, file_name, load_results, write_rows
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 from kuea_mllm.evaluation.unfinished import COLUMN, Unfinished
 from kuea_mllm.io import atomic_directory, read_json, require_free_output, write_json
 from kuea_mllm.log import LOGGER

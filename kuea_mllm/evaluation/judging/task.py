@@ -8,7 +8,7 @@ from typing import Any
 
 from kuea_mllm.evaluation.columns import column_kind
 from kuea_mllm.evaluation.judging.prompts import STOCK_TASKS, JudgedDocument, read_documents
-from kuea_mllm.evaluation.loading import main_metric
+from kuea_mllm.evaluation.lmms.loading import main_metric
 from kuea_mllm.evaluation.statistics import RATIO_OF_SUMS
 
 

@@ -79,7 +79,7 @@ def to_visual(row: Row) -> list[Picture]:
     """
     from PIL import Image
 
-    from kuea_mllm.evaluation.preparing import strict_image_files
+    from kuea_mllm.evaluation.answering.preparing import strict_image_files
 
     path = str(row["image"])
     try:

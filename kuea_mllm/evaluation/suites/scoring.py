@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.fewshot.vqa_accuracy import normalise_answer, strip_punctuation
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 from kuea_mllm.evaluation.statistics import (
     ALL_RIGHT_IN_CLUSTER,
     MEAN,

@@ -24,8 +24,8 @@ from kuea_mllm.swapping import (
     tower_fingerprint_of,
     verify_model,
 )
-from kuea_mllm.towers.fingerprint import fingerprint_state
-from kuea_mllm.towers.load import Tower, load_tower
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
+from kuea_mllm.towers.reading.load import Tower, load_tower
 
 ADAPTER = OpenFlamingoAdapter()
 

@@ -17,9 +17,9 @@ from kuea_mllm.alignment.zero_shot import embed_class_names, open_zero_shot
 from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.errors import DataError, TowerError
 from kuea_mllm.miniworld import ASSETS
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.save import save_tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 
 CLIP = str(ASSETS / "clip")
 SIZE = 32

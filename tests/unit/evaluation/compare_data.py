@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.columns import fingerprint_rows
 from kuea_mllm.evaluation.results import SampleRow, write_rows
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 from kuea_mllm.io import write_json
 
 

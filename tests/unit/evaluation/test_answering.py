@@ -9,17 +9,17 @@ import pytest
 from PIL import Image, ImageFile
 
 from kuea_mllm.errors import EnvironmentFailure
-from kuea_mllm.evaluation import generation
-from kuea_mllm.evaluation.generation import Answerer
-from kuea_mllm.evaluation.preparing import strict_image_files
-from kuea_mllm.evaluation.questions import (
+from kuea_mllm.evaluation.answering import generation
+from kuea_mllm.evaluation.answering.generation import Answerer
+from kuea_mllm.evaluation.answering.preparing import strict_image_files
+from kuea_mllm.evaluation.answering.questions import (
     DEFAULT_NEW_TOKENS,
     GenerationSettings,
     PendingQuestion,
     cut_at_stop,
     read_generation_kwargs,
 )
-from kuea_mllm.evaluation.session import (
+from kuea_mllm.evaluation.answering.session import (
     FAILED_ANSWER,
     Session,
     argument_to_path,

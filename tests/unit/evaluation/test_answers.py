@@ -13,22 +13,22 @@ import pytest
 from PIL import Image
 
 from kuea_mllm.errors import DataError, EvaluationError, UserError
-from kuea_mllm.evaluation import processes
-from kuea_mllm.evaluation.answers import answer_questions
-from kuea_mllm.evaluation.generation import Answerer
-from kuea_mllm.evaluation.image_hints import image_hints
-from kuea_mllm.evaluation.jobs import Job, Jobs
-from kuea_mllm.evaluation.journal import Journal, holds_answers
-from kuea_mllm.evaluation.preparing import Preparer, image_key
-from kuea_mllm.evaluation.processes import share_out
-from kuea_mllm.evaluation.questions import (
+from kuea_mllm.evaluation.answering import processes
+from kuea_mllm.evaluation.answering.answers import answer_questions
+from kuea_mllm.evaluation.answering.generation import Answerer
+from kuea_mllm.evaluation.answering.journal import Journal, holds_answers
+from kuea_mllm.evaluation.answering.preparing import Preparer, image_key
+from kuea_mllm.evaluation.answering.processes import share_out
+from kuea_mllm.evaluation.answering.questions import (
     GenerationSettings,
     PendingQuestion,
     in_order,
     read_generation_kwargs,
 )
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER, Session
+from kuea_mllm.evaluation.jobs import Job, Jobs
+from kuea_mllm.evaluation.lmms.image_hints import image_hints
 from kuea_mllm.evaluation.runner import _prepare_session
-from kuea_mllm.evaluation.session import FAILED_ANSWER, Session
 from kuea_mllm.evaluation.unfinished import Identity, Unfinished
 
 

@@ -21,8 +21,8 @@ from chat_server import ChatServer, Trouble, serve, text_of
 
 from kuea_mllm.config.evaluate import JudgeSettings
 from kuea_mllm.errors import KueaError
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.results import load_results
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 from kuea_mllm.io import read_json, write_json
 
 SECRET = "sk-a-secret-for-the-backend-1"  # noqa: S105
@@ -260,7 +260,7 @@ class Bench:
         (self.model / "config.json").write_text("{}")
 
     def tasks(self, names: Sequence[str]) -> dict[str, Any]:
-        from kuea_mllm.evaluation.loading import load_tasks
+        from kuea_mllm.evaluation.lmms.loading import load_tasks
         from kuea_mllm.evaluation.tasks import TaskSelection
 
         return load_tasks(TaskSelection({name: self.files[name] for name in names}, ()))
@@ -313,7 +313,7 @@ def run_everything(folder: Path) -> dict[str, Any]:
 
     import torch
 
-    from kuea_mllm.evaluation.loguru_bridge import import_lmms_eval
+    from kuea_mllm.evaluation.lmms.loguru_bridge import import_lmms_eval
 
     import_lmms_eval()
     from lmms_eval.api.task import ConfigurableTask

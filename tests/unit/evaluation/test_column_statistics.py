@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from kuea_mllm.errors import EvaluationError
 from kuea_mllm.evaluation.columns import Column, score_column
-from kuea_mllm.evaluation.resampling import Stratum, bootstrap_differences
+from kuea_mllm.evaluation.comparing.resampling import Stratum, bootstrap_differences
 from kuea_mllm.evaluation.results import SampleRow
 from kuea_mllm.evaluation.statistics import (
     STATISTICS,

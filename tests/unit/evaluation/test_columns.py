@@ -17,7 +17,7 @@ from kuea_mllm.evaluation.columns import (
     column_kind,
     score_column,
 )
-from kuea_mllm.evaluation.loading import main_metric
+from kuea_mllm.evaluation.lmms.loading import main_metric
 
 
 class FakeTask:

@@ -9,9 +9,9 @@ import pytest
 from compare_data import edit_summary, make_row, scores_of, write_results, write_rows_of
 
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.compare import compare_results
+from kuea_mllm.evaluation.comparing.compare import compare_results
+from kuea_mllm.evaluation.comparing.systems import load_systems
 from kuea_mllm.evaluation.results import load_results, write_rows
-from kuea_mllm.evaluation.systems import load_systems
 from kuea_mllm.io import read_json, write_json
 from kuea_mllm.workflows.probe_results import SUITE_PREFIX
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from compare_data import edit_summary, make_row, scores_of, write_results, write_rows_of
 
-from kuea_mllm.evaluation.compare import compare_results
+from kuea_mllm.evaluation.comparing.compare import compare_results
 from kuea_mllm.evaluation.results import SampleRow, load_results, write_rows
 
 

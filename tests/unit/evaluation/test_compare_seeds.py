@@ -11,8 +11,8 @@ import pytest
 from compare_data import make_row, scores_of, write_results, write_rows_of
 
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.compare import compare_systems, comparisons_json
-from kuea_mllm.evaluation.systems import load_systems
+from kuea_mllm.evaluation.comparing.compare import compare_systems, comparisons_json
+from kuea_mllm.evaluation.comparing.systems import load_systems
 
 
 def test_seeds_are_averaged_and_their_spread_is_told_apart(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from kuea_mllm.config.base import Recipe
 from kuea_mllm.config.evaluate import EvalRecipe, FewShotSettings, Retrieval
 from kuea_mllm.errors import DataError, EvaluationError, RecipeError
+from kuea_mllm.evaluation.answering.questions import GenerationSettings
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.fewshot import scoring
 from kuea_mllm.evaluation.fewshot.captions import tokenise
 from kuea_mllm.evaluation.fewshot.completion import Completer
@@ -28,8 +30,6 @@ from kuea_mllm.evaluation.fewshot.sampling import draw_released, draw_uniform
 from kuea_mllm.evaluation.fewshot.stemming import Stemmer, stem_table
 from kuea_mllm.evaluation.fewshot.task_files import FewShotTask, write_fewshot_tasks
 from kuea_mllm.evaluation.fewshot.trials import summarise_trials
-from kuea_mllm.evaluation.questions import GenerationSettings
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 
 
 def test_demonstrations_depend_on_seed_and_document_alone() -> None:

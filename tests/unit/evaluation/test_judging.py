@@ -14,6 +14,7 @@ from chat_server import ChatServer, Trouble, serve, text_of
 
 from kuea_mllm.config.evaluate import JudgeSettings
 from kuea_mllm.errors import EnvironmentFailure, EvaluationError, KueaError
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.columns import Column, score_column
 from kuea_mllm.evaluation.judging import client as judge_client
 from kuea_mllm.evaluation.judging.column import describe_judge, judge_column, require_judge
@@ -26,7 +27,6 @@ from kuea_mllm.evaluation.judging.prompts import (
 )
 from kuea_mllm.evaluation.judging.verdicts import VerdictFile, parse_verdict
 from kuea_mllm.evaluation.results import SampleRow
-from kuea_mllm.evaluation.session import FAILED_ANSWER
 
 CATEGORIES = ("conv", "detail", "complex")
 KEY = "sk-secret-of-the-test-123456"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kuea_mllm.evaluation.loguru_bridge import lmms_log
+from kuea_mllm.evaluation.lmms.loguru_bridge import lmms_log
 
 GROUP = "A task YAML file was found to contain a `group` key. Groups which provide scores..."
 

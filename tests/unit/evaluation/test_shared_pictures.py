@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from compare_data import make_row, write_results
 
-from kuea_mllm.evaluation import average
-from kuea_mllm.evaluation.average import AverageComparison, compare_average
-from kuea_mllm.evaluation.compare import compare_results
+from kuea_mllm.evaluation.comparing import average
+from kuea_mllm.evaluation.comparing.average import AverageComparison, compare_average
+from kuea_mllm.evaluation.comparing.compare import compare_results
+from kuea_mllm.evaluation.comparing.paired_rows import make_strata
+from kuea_mllm.evaluation.comparing.pairing import ColumnComparison
+from kuea_mllm.evaluation.comparing.resampling import Stratum
+from kuea_mllm.evaluation.comparing.shared_pictures import picture_name, picture_pulls, widening
+from kuea_mllm.evaluation.comparing.stats import compare_measures
 from kuea_mllm.evaluation.measures import Array, RatioMeasure
-from kuea_mllm.evaluation.paired_rows import make_strata
-from kuea_mllm.evaluation.pairing import ColumnComparison
-from kuea_mllm.evaluation.resampling import Stratum
 from kuea_mllm.evaluation.results import write_rows
-from kuea_mllm.evaluation.shared_pictures import picture_name, picture_pulls, widening
-from kuea_mllm.evaluation.stats import compare_measures
 
 
 @pytest.mark.parametrize(

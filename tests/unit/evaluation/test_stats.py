@@ -7,9 +7,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from kuea_mllm.evaluation.measures import RatioMeasure
-from kuea_mllm.evaluation.resampling import Stratum, bootstrap_differences, percentile_interval
-from kuea_mllm.evaluation.stats import (
+from kuea_mllm.evaluation.comparing.resampling import (
+    Stratum,
+    bootstrap_differences,
+    percentile_interval,
+)
+from kuea_mllm.evaluation.comparing.stats import (
     bootstrap_p,
     compare_measures,
     compare_pairs,
@@ -19,6 +22,7 @@ from kuea_mllm.evaluation.stats import (
     seed_spread,
     unseen_change_bounds,
 )
+from kuea_mllm.evaluation.measures import RatioMeasure
 
 
 def own_clusters(count: int) -> list[str]:

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from kuea_mllm.evaluation.comparing.resampling import Stratum
+from kuea_mllm.evaluation.comparing.stats import (
+    compare_measures,
+    compare_pairs,
+    decide,
+    holm_adjust,
+)
 from kuea_mllm.evaluation.measures import Array, RatioMeasure
-from kuea_mllm.evaluation.resampling import Stratum
 from kuea_mllm.evaluation.statistics import Outcomes
-from kuea_mllm.evaluation.stats import compare_measures, compare_pairs, decide, holm_adjust
 
 RUNS = 600
 

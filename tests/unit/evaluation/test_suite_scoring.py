@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from suite_data import make_suite_data
 
-from kuea_mllm.evaluation.session import FAILED_ANSWER
+from kuea_mllm.evaluation.answering.session import FAILED_ANSWER
 from kuea_mllm.evaluation.statistics import score_items
 from kuea_mllm.evaluation.suites import scoring
 from kuea_mllm.evaluation.suites.boxes import to_padded

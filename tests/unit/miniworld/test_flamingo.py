@@ -32,8 +32,8 @@ from kuea_mllm.miniworld.flamingo_eval import score_flamingo
 from kuea_mllm.miniworld.scenes import DIGITS, sample_scenes
 from kuea_mllm.miniworld.train_flamingo import train_flamingo
 from kuea_mllm.miniworld.training import Schedule
-from kuea_mllm.towers.fingerprint import fingerprint_state
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.model.fingerprint import fingerprint_state
+from kuea_mllm.towers.reading.load import load_tower
 
 SCENES = sample_scenes(40, "train", seed=0)
 

@@ -15,8 +15,8 @@ from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.miniworld.images import write_images
 from kuea_mllm.probing.projection import is_projection, load_projection
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.reading.load import load_tower
 
 
 def run(out, images, **objective):

@@ -14,8 +14,8 @@ from kuea_mllm.probing.layers import (
     layered_tower,
 )
 from kuea_mllm.teachers.load import load_teacher
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.reading.load import load_tower
 
 
 def gaussian(count, width, seed):

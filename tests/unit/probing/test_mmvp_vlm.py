@@ -17,7 +17,7 @@ from kuea_mllm.probing.embedder import tower_embedder
 from kuea_mllm.probing.features import Extraction, extract
 from kuea_mllm.probing.mmvp_vlm import PATTERNS, open_mmvp_vlm, picked_pictures, probe_mmvp_vlm
 from kuea_mllm.probing.partner import load_partner
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.reading.load import load_tower
 
 # As the folders of the release are called.
 FOLDERS = (

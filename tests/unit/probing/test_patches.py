@@ -25,7 +25,7 @@ from kuea_mllm.probing.patch_training import (
     train_heads,
 )
 from kuea_mllm.probing.patches import probe_patches, tower_tokens
-from kuea_mllm.towers.encode import TowerEncoder
+from kuea_mllm.towers.model.encode import TowerEncoder
 from kuea_mllm.towers.spec import TowerSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "towers"))

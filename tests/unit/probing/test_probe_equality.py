@@ -23,7 +23,7 @@ from kuea_mllm.probing.features import Extraction, extract
 from kuea_mllm.probing.partner import load_partner
 from kuea_mllm.probing.retrieval import probe_retrieval
 from kuea_mllm.probing.zero_shot import probe_zero_shot
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.reading.load import load_tower
 
 # clip-benchmark leaves webdataset's default unset, and webdataset leaves its shards open.
 pytestmark = [

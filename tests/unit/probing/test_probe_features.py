@@ -19,8 +19,8 @@ from kuea_mllm.errors import DataError, TowerError, UnreadableImage
 from kuea_mllm.probing import features
 from kuea_mllm.probing.embedder import RAW_PIXELS, TENSOR_RESIZE, ImageEmbedder, tower_embedder
 from kuea_mllm.probing.features import Extraction, extract
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
 
 COUNT = 20
 

@@ -20,7 +20,7 @@ from kuea_mllm.probing import partner
 from kuea_mllm.probing.features import Extraction, extract
 from kuea_mllm.probing.projection import is_projection, load_projection
 from kuea_mllm.teachers.load import load_teacher
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.reading.load import load_tower
 from kuea_mllm.workflows.probe_subject import ProjectionSubject
 
 

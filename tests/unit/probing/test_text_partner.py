@@ -25,9 +25,9 @@ from transformers import (
 from kuea_mllm.errors import TowerError, TowerMismatch
 from kuea_mllm.manifest import named_source
 from kuea_mllm.probing.partner import load_partner
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.save import save_tower
-from kuea_mllm.towers.text_tower import _First, load_text_tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.reading.text_tower import _First, load_text_tower
+from kuea_mllm.towers.writing.save import save_tower
 
 TEXTS = ["a photo of a dog.", "", "two cats " * 60]
 WORDS = ["<pad>", "<s>", "a", "photo", "of", "cat", "dog", "</s>"]

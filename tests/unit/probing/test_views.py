@@ -12,8 +12,8 @@ from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.miniworld.images import write_images
 from kuea_mllm.probing.attention import _spread, compare_attention
 from kuea_mllm.probing.kernel_views import choose_kernels, kernel_matrices, mean_gap
-from kuea_mllm.towers.attention import attention_maps
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.model.attention import attention_maps
+from kuea_mllm.towers.reading.load import load_tower
 
 RECORD = {
     "objective": {

@@ -23,11 +23,11 @@ from kuea_mllm.swapping.drift import (
     default_probe_count,
 )
 from kuea_mllm.swapping.report import Check
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.fingerprint import fingerprint_all
-from kuea_mllm.towers.probe_images import probe_pixels
-from kuea_mllm.towers.streaming import Reading, read_outputs
-from kuea_mllm.towers.tower import Tower, build_model
+from kuea_mllm.towers.converting.probe_images import probe_pixels
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.fingerprint import fingerprint_all
+from kuea_mllm.towers.model.streaming import Reading, read_outputs
+from kuea_mllm.towers.model.tower import Tower, build_model
 
 
 def moved_tower(amount: float, *, seed: int = 0) -> Tower:
@@ -341,7 +341,7 @@ def test_large_towers_get_fewer_probe_images(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_stored_tower_is_read_lazily_and_is_the_same(tmp_path: Path) -> None:
     from kuea_mllm.swapping.sources import StoredTower
-    from kuea_mllm.towers.save import save_tower
+    from kuea_mllm.towers.writing.save import save_tower
 
     tower = make_tower(4)
     save_tower(tower, tmp_path / "tower", manifest={"kind": "tower"})

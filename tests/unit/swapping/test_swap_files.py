@@ -19,7 +19,7 @@ from toy_mllm import ADAPTER, SPEC, ToyAdapter, body, hashes, make_tower, write_
 
 from kuea_mllm.errors import EnvironmentFailure, OutputError, TowerMismatch, UserError
 from kuea_mllm.swapping import swap_tower_files, tower_fingerprint_of
-from kuea_mllm.towers import model_copy
+from kuea_mllm.towers.files import model_copy
 
 
 @pytest.mark.parametrize("prefix", ["eye.", "eye.deep."])

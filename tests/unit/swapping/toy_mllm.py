@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kuea_mllm.adapters.base import MLLMRuntime, Tap, TowerSlot
+from kuea_mllm.towers.model.tower import Tower, build_model
 from kuea_mllm.towers.spec import CLIP_MEAN, CLIP_STD, TowerSpec
-from kuea_mllm.towers.tower import Tower, build_model
 
 SPEC = TowerSpec(
     family="clip",

@@ -10,10 +10,10 @@ import torch
 from tower_samples import CLIP, SIGLIP, make_tower
 
 from kuea_mllm.errors import TowerError
-from kuea_mllm.towers.attention import attention_maps
-from kuea_mllm.towers.encode import normalise
+from kuea_mllm.towers.model.attention import attention_maps
+from kuea_mllm.towers.model.encode import normalise
+from kuea_mllm.towers.model.tower import Tower, build_meta_model
 from kuea_mllm.towers.spec import TowerSpec
-from kuea_mllm.towers.tower import Tower, build_meta_model
 
 WIDE = replace(CLIP, heads=4, image_size=32)
 WIDE_SIGLIP = replace(SIGLIP, heads=4, image_size=32)

@@ -19,13 +19,14 @@ from tower_samples import CLIP, make_tower, write_torch
 from transformers import CLIPModel, SiglipVisionModel
 
 from kuea_mllm.errors import OutputError, TowerError, TowerMismatch, UserError
-from kuea_mllm.towers import conversion, convert
-from kuea_mllm.towers.checkpoints import read_checkpoint_file, read_directory_weights
-from kuea_mllm.towers.conversion import Changes, Conversion, convert_tower
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.open_clip_repository import read_open_clip_state
-from kuea_mllm.towers.resize import METHOD
-from kuea_mllm.towers.save import save_tower
+from kuea_mllm.towers.converting import conversion
+from kuea_mllm.towers.converting.conversion import Changes, Conversion, convert_tower
+from kuea_mllm.towers.files.checkpoints import read_checkpoint_file, read_directory_weights
+from kuea_mllm.towers.formats import convert
+from kuea_mllm.towers.formats.open_clip_repository import read_open_clip_state
+from kuea_mllm.towers.model.resize import METHOD
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 from kuea_mllm.upload_checks import check_upload
 
 DTYPES = {

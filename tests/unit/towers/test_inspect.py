@@ -23,13 +23,13 @@ from transformers import (
 
 from kuea_mllm.cli.inspect import inspection_rows, print_inspection
 from kuea_mllm.errors import TowerError
-from kuea_mllm.towers import convert
-from kuea_mllm.towers.evidence import implied_activation, implied_heads
-from kuea_mllm.towers.inspect import inspect_source, rounded_to_half, unmerged_lora_keys
-from kuea_mllm.towers.layouts import CheckpointShape, measure, read_file
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.save import save_tower
-from kuea_mllm.towers.weight_checks import count_non_finite
+from kuea_mllm.towers.formats import convert
+from kuea_mllm.towers.formats.evidence import implied_activation, implied_heads
+from kuea_mllm.towers.formats.layouts import CheckpointShape, measure, read_file
+from kuea_mllm.towers.inspecting.inspect import inspect_source, rounded_to_half, unmerged_lora_keys
+from kuea_mllm.towers.model.weight_checks import count_non_finite
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 
 TEXT = {
     "hidden_size": 16,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kuea_mllm.towers.layouts import LAYOUTS, CheckpointShape
-from kuea_mllm.towers.releases import RELEASES, Clues, recognise
+from kuea_mllm.towers.formats.layouts import LAYOUTS, CheckpointShape
+from kuea_mllm.towers.formats.releases import RELEASES, Clues, recognise
 
 VIT_L = CheckpointShape("visual", "clip", 224, 14, 1024, 24, 4096, 768, True, "float32")
 FULL = replace(VIT_L, layout="openai")

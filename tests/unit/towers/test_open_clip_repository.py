@@ -12,9 +12,10 @@ from open_clip_samples import MODELS, edit, write_repository
 from tower_samples import CLIP, canonical
 
 from kuea_mllm.errors import TowerError, TowerMismatch
-from kuea_mllm.towers import checkpoints, convert
-from kuea_mllm.towers.encode import TowerEncoder, normalise
-from kuea_mllm.towers.load import load_tower
+from kuea_mllm.towers.files import checkpoints
+from kuea_mllm.towers.formats import convert
+from kuea_mllm.towers.model.encode import TowerEncoder, normalise
+from kuea_mllm.towers.reading.load import load_tower
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from kuea_mllm.cli.main import app
 from kuea_mllm.errors import TowerError, TowerMismatch
-from kuea_mllm.towers import convert
-from kuea_mllm.towers.checkpoints import read_checkpoint_file
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.openai_export import export_openai, read_text_half, save_openai
-from kuea_mllm.towers.save import export_visual
+from kuea_mllm.towers.files.checkpoints import read_checkpoint_file
+from kuea_mllm.towers.formats import convert
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.openai_export import export_openai, read_text_half, save_openai
+from kuea_mllm.towers.writing.save import export_visual
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])

@@ -16,19 +16,19 @@ from transformers import SiglipConfig, SiglipModel
 
 from kuea_mllm.errors import TowerError
 from kuea_mllm.miniworld import ASSETS
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.parity import (
+from kuea_mllm.towers.converting.parity import (
     ParityReport,
     TowerOutputs,
     compare_outputs,
     outputs_in_own_library,
     outputs_of_tower,
 )
-from kuea_mllm.towers.probe_images import probe_pixels
-from kuea_mllm.towers.save import export_visual, save_tower
+from kuea_mllm.towers.converting.probe_images import probe_pixels
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.tower import Tower, build_model
+from kuea_mllm.towers.reading.load import load_tower
 from kuea_mllm.towers.spec import TowerSpec
-from kuea_mllm.towers.tower import Tower, build_model
+from kuea_mllm.towers.writing.save import export_visual, save_tower
 
 SPECS = {
     "quick_gelu": CLIP,

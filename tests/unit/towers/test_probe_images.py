@@ -11,7 +11,7 @@ from PIL import Image
 from tower_samples import CLIP, SIGLIP
 
 from kuea_mllm.errors import DataError
-from kuea_mllm.towers.probe_images import probe_pixels
+from kuea_mllm.towers.converting.probe_images import probe_pixels
 
 
 def test_drawn_images_are_fixed_and_in_range() -> None:

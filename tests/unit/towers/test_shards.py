@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kuea_mllm.errors import UserError
-from kuea_mllm.towers.shards import (
+from kuea_mllm.towers.files.shards import (
     PlannedTensor,
     as_planned,
     loaded_shards,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tower_samples import CLIP, SIGLIP, canonical, make_tower
 
 from kuea_mllm.errors import TowerError
-from kuea_mllm.towers import convert
-from kuea_mllm.towers.fingerprint import fingerprint_all, fingerprint_state
+from kuea_mllm.towers.formats import convert
+from kuea_mllm.towers.model.fingerprint import fingerprint_all, fingerprint_state
 
 relaxed = settings(deadline=None, max_examples=10)
 

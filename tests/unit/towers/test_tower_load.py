@@ -15,12 +15,12 @@ from tower_samples import CLIP, SIGLIP, canonical, make_tower, visual, write_tor
 from transformers import BertConfig, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from kuea_mllm.errors import TowerError, TowerMismatch, UserError
-from kuea_mllm.towers import convert
-from kuea_mllm.towers.encode import TowerEncoder
-from kuea_mllm.towers.layouts import measure, read_file
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.save import save_tower
-from kuea_mllm.towers.tower import Tower
+from kuea_mllm.towers.formats import convert
+from kuea_mllm.towers.formats.layouts import measure, read_file
+from kuea_mllm.towers.model.encode import TowerEncoder
+from kuea_mllm.towers.model.tower import Tower
+from kuea_mllm.towers.reading.load import load_tower
+from kuea_mllm.towers.writing.save import save_tower
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kuea_mllm.errors import TowerMismatch, UserError
-from kuea_mllm.towers.mix import mix_states
+from kuea_mllm.towers.model.mix import mix_states
 
 ORIGINAL = {"a": torch.tensor([1.0, -0.0, float("inf")]), "b": torch.full((2, 2), 3.0)}
 TUNED = {"a": torch.tensor([2.0, 4.0, 5.0]), "b": torch.full((2, 2), -1.0)}

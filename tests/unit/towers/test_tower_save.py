@@ -20,11 +20,11 @@ from transformers import (
 
 from kuea_mllm.data.transforms import ImageTransform
 from kuea_mllm.errors import OutputError, TowerError
-from kuea_mllm.towers.encode import TowerEncoder, normalise
-from kuea_mllm.towers.load import load_tower
-from kuea_mllm.towers.resize import resize_position_embedding, resize_tower
-from kuea_mllm.towers.save import export_visual, save_tower, save_visual
+from kuea_mllm.towers.model.encode import TowerEncoder, normalise
+from kuea_mllm.towers.model.resize import resize_position_embedding, resize_tower
+from kuea_mllm.towers.reading.load import load_tower
 from kuea_mllm.towers.spec import TowerSpec
+from kuea_mllm.towers.writing.save import export_visual, save_tower, save_visual
 
 FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "kuea.json", "README.md"}
 MANIFEST = {

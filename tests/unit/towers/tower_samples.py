@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kuea_mllm.towers import convert
+from kuea_mllm.towers.formats import convert
+from kuea_mllm.towers.model.tower import Tower, architecture, build_model
 from kuea_mllm.towers.spec import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, TowerSpec
-from kuea_mllm.towers.tower import Tower, architecture, build_model
 
 CLIP = TowerSpec(
     family="clip",

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kuea_mllm.miniworld.flamingo_eval import FewShotScores
 from kuea_mllm.reporting.shots import shots_comparison_text, shots_table, shots_text
-from kuea_mllm.workflows.flamingo import compare_in_flamingo, differences
+from kuea_mllm.workflows.studies.flamingo import compare_in_flamingo, differences
 
 
 def scores(caption: list[float], count: list[float]) -> FewShotScores:
@@ -79,9 +79,9 @@ def test_towers_are_swapped_and_asked_the_same(
         save_flamingo,
     )
     from kuea_mllm.swapping import tower_fingerprint_of, verify_model
-    from kuea_mllm.towers.load import load_tower
-    from kuea_mllm.towers.save import save_tower
-    from kuea_mllm.workflows import flamingo as module
+    from kuea_mllm.towers.reading.load import load_tower
+    from kuea_mllm.towers.writing.save import save_tower
+    from kuea_mllm.workflows.studies import flamingo as module
 
     processor = make_flamingo_processor()
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import pytest
 from kuea_mllm.errors import OutputError
 from kuea_mllm.io import read_json
 from kuea_mllm.reporting.peft import peft_markdown, peft_section, peft_text
-from kuea_mllm.workflows.peft_scores import Answers, summarise_peft
+from kuea_mllm.workflows.studies.peft_scores import Answers, summarise_peft
 
 PICTURES = ["a", "b", "c", "d"]
 
@@ -99,8 +99,8 @@ def test_study_makes_four_models_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kuea_mllm.miniworld import ASSETS, tasks
-    from kuea_mllm.workflows import steps
-    from kuea_mllm.workflows.peft_table import run_peft_study
+    from kuea_mllm.workflows.studies import steps
+    from kuea_mllm.workflows.studies.peft_table import run_peft_study
 
     # Figures and three more tasks take most of the time and have tests of their own.
     monkeypatch.setattr(tasks, "TASKS", tasks.TASKS[:1])

@@ -14,7 +14,7 @@ from PIL import Image
 from kuea_mllm.config.probe import SUITES, ProbeRecipe
 from kuea_mllm.config.recipes import load_recipe
 from kuea_mllm.errors import EvaluationError
-from kuea_mllm.evaluation.compare import compare_results
+from kuea_mllm.evaluation.comparing.compare import compare_results
 from kuea_mllm.evaluation.results import KIND, SCHEMA_VERSION, load_results
 from kuea_mllm.io import write_json
 from kuea_mllm.probing.column import ProbeColumn, ProbeRow

@@ -320,7 +320,7 @@ def test_another_projection_in_the_same_place_is_refused(
 
 def write_projection(folder: Path) -> Path:
     from kuea_mllm.teachers.load import load_teacher
-    from kuea_mllm.towers.load import load_tower
+    from kuea_mllm.towers.reading.load import load_tower
 
     clip = load_tower(CLIP)
     teacher = load_teacher(ASSETS / "teacher", image_size=clip.spec.image_size)

@@ -13,9 +13,9 @@ from PIL import Image
 from kuea_mllm.miniworld import ASSETS
 from kuea_mllm.miniworld.probe_sets import CAPTIONED, LABELLED, PAIRS, write_probe_sets
 from kuea_mllm.reporting.probe_study import probe_study_markdown
-from kuea_mllm.workflows import probe_study
-from kuea_mllm.workflows.probe_study import TOWERS, ProbeStudySettings, miniworld_recipes
 from kuea_mllm.workflows.probe_suites import plan_jobs, require_data
+from kuea_mllm.workflows.studies import probe_study
+from kuea_mllm.workflows.studies.probe_study import TOWERS, ProbeStudySettings, miniworld_recipes
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""From questions to answers: images prepared, batches, processes, kept as they come."""

@@ -1,0 +1,1 @@
+"""From any format to any other, with the changes asked for, and proved."""

@@ -1,0 +1,1 @@
+"""Tell what a checkpoint is before anything is done with it."""

@@ -1,0 +1,1 @@
+"""Write a tower: as a Hugging Face directory, for open_clip or OpenAI, with its card."""

@@ -1,0 +1,1 @@
+"""Studies on the mini world, over several worlds and seeds, and what they share."""
