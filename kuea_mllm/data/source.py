@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from kuea_mllm.errors import KueaError, UnreadableImage
 
@@ -122,6 +122,8 @@ def decode_cell(cell: Any, name: str) -> Image.Image:
 
 
 def _decode(file: str | Path | io.BytesIO, name: str) -> Image.Image:
+    # lmms-eval switches it on for the whole process when it is imported: half an image would do.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with Image.open(file) as image:
             image.load()

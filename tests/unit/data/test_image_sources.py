@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from data_samples import encoded, picture, write_folder, write_parquet, write_shards, write_tar
+from PIL import ImageFile
 
 from kuea_mllm.data.dataset import ImageDataset
 from kuea_mllm.data.folder import FolderImages, ListedImages
@@ -292,7 +293,9 @@ def test_extension_chooses_among_the_members_of_a_sample(tmp_path):
         open_images(str(tmp_path), column="bmp")
 
 
-def test_damaged_member_is_named(tmp_path):
+def test_damaged_member_is_named(tmp_path, monkeypatch):
+    # As lmms-eval does for the whole process when it is imported.
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     path = write_tar(tmp_path / "s.tar", {"a.png": encoded(0)[:60], "b.png": encoded(1)})
     source = TarImages([str(path)])
     with pytest.raises(UnreadableImage, match=r"s.tar!a.png cannot be read"):
