@@ -86,12 +86,18 @@ class TextTower:
         """Embed texts.
 
         A causal model sees nothing behind the token at which it is read, so texts of like length
-        are embedded together and cut there: a prompt has a dozen tokens of 77.
+        are embedded together and cut there: a prompt has a dozen tokens of 77. A text that is there
+        several times is embedded once, so that rounding cannot part equal ones.
 
         Returns:
             (n, width), float32, on the CPU, not normalised.
         """
-        pieces = [list(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
+        place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        all_rows = self._encode_distinct(list(place))
+        return all_rows[torch.tensor([place[text] for text in texts])]
+
+    def _encode_distinct(self, texts: list[str]) -> Tensor:
+        pieces = [texts[i : i + TEXTS_AT_ONCE] for i in range(0, len(texts), TEXTS_AT_ONCE)]
         tokens = torch.cat([self._tokenize(piece) for piece in pieces])
         lengths = torch.full((len(tokens),), tokens.shape[1])
         if self._read_at is not None:

@@ -94,12 +94,15 @@ def test_causal_text_tower_sees_no_padding(kind: str, tmp_path: Path) -> None:
     shapes: list[tuple[int, ...]] = []
     module: Any = text._module
     module.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    short = ["a dog", "two cats", "a photo of a dog."]
-    texts = [short[number % 3] for number in range(300)] + TEXTS
+    short = [f"{word} {number}" for number in range(10, 100) for word in ("dog", "cat", "a cow")]
+    texts = [*short, *short, *TEXTS]
     embedded = text.encode(texts)
-    assert shapes == [(256, 8), (47, 77)]
+    assert [shape[0] for shape in shapes] == [256, len(set(texts)) - 256]
+    assert (shapes[0][1] < 8, shapes[1][1]) == (True, 77)
     assert torch.allclose(embedded[-3:], text.encode(TEXTS), atol=1e-6)
     assert torch.allclose(embedded[2], text.encode([short[2]])[0], atol=1e-6)
+    # A tie of equal captions stays one.
+    assert torch.equal(embedded[: len(short)], embedded[len(short) : 2 * len(short)])
     assert torch.allclose(embedded[-3:], expected_of(model), atol=1e-5)
 
 
