@@ -116,7 +116,7 @@ def _read_small(path: Path, *, is_ours: bool) -> bytes:
                 small, form = image.convert("RGB"), image.format
         if is_ours and form in ("PNG", "JPEG") and size <= LIMIT_BYTES:
             return path.read_bytes()
-    except _NoPictureError:
+    except (_NoPictureError, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise _too_many_pixels() from None
